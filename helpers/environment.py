@@ -1,0 +1,274 @@
+"""Is this machine ready, and what is it? `[OK]`/`[FAIL]` with what to type, and the facts that stand beside each result.
+
+Everything heavy is imported where it is used: the doctor must be able to say that torch is missing or broken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers import profiles
+from helpers.profiles import ROOT, Profile
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+OLDEST_PYTHON = (3, 11)
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")  # those that decide about results
+DOWNLOAD_GIB = {"allenai/OLMoE-1B-7B-0924": 13, "mistralai/Mixtral-8x7B-v0.1": 87}  # parameters x 2 bytes
+INSTALL = "python -m pip install -r requirements.txt -c constraints.txt   (in a checkout: make setup)"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report."""
+
+    name: str
+    ok: bool
+    detail: str
+    todo: str = ""  # what to type if it is not ok
+
+
+def requirements() -> list[Requirement]:
+    """What must be installed here: requirements.txt beside the package, else what the installed package asks for."""
+    from packaging.requirements import Requirement
+
+    file = ROOT / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else metadata.requires("moe-course-helpers") or []
+    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip()) and not text.startswith("-")]
+    return [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def check_python() -> Check:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    todo = f"install Python {oldest} or newer, then: make setup PYTHON=python{oldest}"
+    return Check("Python", sys.version_info >= OLDEST_PYTHON, f"{platform.python_version()}, wanted >={oldest}", todo)
+
+
+def check_package(wanted: Requirement) -> Check:
+    """Is a version within the range installed? (Nightly and +cpu/+cu builds count as their version.)"""
+    span = ",".join(sorted(map(str, wanted.specifier), reverse=True))  # >=2.11,<3
+    todo = f'python -m pip install "{wanted.name}{span}"   (then restart the notebook\'s kernel)'
+    try:
+        version = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        if wanted.name == "jupyterlab" and "COLAB_RELEASE_TAG" in os.environ:
+            return Check(wanted.name, True, "not needed: Colab's own page opens the notebooks")
+        return Check(wanted.name, False, f"not installed, wanted {span}", todo)
+    fits = wanted.specifier.contains(version, prereleases=True)
+    return Check(wanted.name, fits, f"{version}, wanted {span}", todo)
+
+
+def check_profile() -> Check:
+    todo = f"unset {profiles.VARIABLE}   (the one that fits is chosen then)"
+    try:
+        profile, why = profiles.choose()
+    except ValueError as error:
+        return Check("profile", False, str(error), todo)
+    here = gpu_memory_gib() or 0.0
+    if profile.memory_gib > here:
+        detail = f"{profile.name} ({why}) is meant for {profile.memory_gib:.0f} GiB of GPU memory, here are {here:.1f}"
+        return Check("profile", False, detail, todo)
+    return Check("profile", True, f"{profile.name} ({why})")
+
+
+def check_device(profile: Profile) -> Check:
+    """CPU is fine; a GPU that torch does not see is not, unless the CPU profile was asked for."""
+    facts = hardware()
+    detail = f"{facts['device']}: {facts['name']}, {facts['cores']} cores"
+    if facts["device"] == "cpu" and shutil.which("nvidia-smi") and not os.environ.get(profiles.VARIABLE):
+        todo = f"install torch for your driver (pytorch.org/get-started), or stay on the CPU: export {profiles.VARIABLE}=tiny"
+        return Check("device", False, f"{detail}; there is an NVIDIA driver, but torch sees no GPU", todo)
+    return Check("device", True, detail)
+
+
+def check_memory(profile: Profile) -> Check:
+    host, gpu = host_memory_gib(), gpu_memory_gib()
+    needed = 2 if profile.memory_gib == 0 else 8  # weights are streamed to the GPU: the host never holds them all
+    detail = f"host {host:.1f} GiB" if host else "host: unknown"
+    detail += f", GPU {gpu:.1f} GiB" if gpu else ""
+    return Check("memory", host is None or host >= needed, f"{detail}, wanted {needed} on the host", "use a larger machine")
+
+
+def check_bf16(profile: Profile) -> Check:
+    """By compute capability: `torch.cuda.is_bf16_supported()` also says yes where bf16 is only emulated."""
+    if profile.dtype != "bfloat16":
+        return Check("bf16", True, f"not needed: the profile {profile.name} computes in {profile.dtype}")
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    detail = f"compute capability {major}.{minor}, wanted >=8.0" if major else "no CUDA GPU"
+    return Check("bf16", major >= 8, detail, f"unset {profiles.VARIABLE}, or: export {profiles.VARIABLE}=t4 (fp16)")
+
+
+def check_disk(profile: Profile) -> Check:
+    """Room for the base model where the Hub keeps its cache (if it is not there yet), and for the run."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    known = (cache / f"models--{profile.base.replace('/', '--')}").is_dir()
+    download = 0 if known else DOWNLOAD_GIB.get(profile.base, 0)
+    place = next(p for p in (cache, *cache.parents) if p.is_dir()) if download else ROOT
+    free, needed = shutil.disk_usage(place).free / 2**30, download + 2
+    todo = "free some room, or point the Hub's cache to a larger disk: export HF_HOME=/path/to/larger/disk"
+    return Check("disk", free >= needed, f"{free:.0f} GiB free, wanted {needed}", todo)
+
+
+def check_quantisation() -> Check:
+    """NF4 for real, on the device that the course will use: normal values come back with a mean error of about 0.07."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, state = quantize_4bit(values, blocksize=64, compress_statistics=True, quant_type="nf4")
+    error = (dequantize_4bit(packed, state) - values).abs().mean().item()
+    todo = "python -m bitsandbytes   (it says which library it misses)"
+    return Check("4-bit", error < 0.1, f"NF4 round trip on {device}: mean error {error:.3f}, wanted <0.1", todo)
+
+
+def check_tiny_base() -> Check:
+    base = profiles.PROFILES["tiny"].base
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (ROOT / base / name).is_file()]
+    detail = f"{', '.join(missing) or 'nothing'} missing in {base}"
+    return Check("tiny base", not missing, detail, "python -m helpers.tiny   (builds it again)")
+
+
+def doctor() -> list[Check]:
+    """All checks, in the order in which one would repair things. A check that breaks is a failed check."""
+    checks = [check_python()]
+    try:
+        checks += [check_package(wanted) for wanted in requirements()]
+    except ImportError:  # without packaging nothing that we need is there
+        return [*checks, Check("packages", False, "nothing of the course is installed in this Python", INSTALL)]
+
+    def attempt(name: str, check: Callable[..., Check], *args) -> Check:
+        try:
+            return check(*args)
+        except Exception as error:
+            return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0], INSTALL)
+
+    checks.append(attempt("profile", check_profile))
+    # Without a usable profile, the rest is asked for the smallest one.
+    profile = profiles.choose()[0] if checks[-1].ok else profiles.PROFILES["tiny"]
+    checks.append(attempt("device", check_device, profile))
+    checks.append(attempt("memory", check_memory, profile))
+    checks.append(attempt("bf16", check_bf16, profile))
+    checks.append(attempt("disk", check_disk, profile))
+    checks.append(attempt("4-bit", check_quantisation))
+    checks.append(attempt("tiny base", check_tiny_base))
+    return checks
+
+
+def report(checks: list[Check]) -> str:
+    lines = []
+    for check in checks:
+        lines.append(f"{'[OK]  ' if check.ok else '[FAIL]'} {check.name}: {check.detail}")
+        if not check.ok:
+            lines.append(f"       -> {check.todo}")
+    failed = [check.name for check in checks if not check.ok]
+    end = f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}" if failed else f"all {len(checks)} checks passed"
+    return "\n".join([*lines, end])
+
+
+def host_memory_gib() -> float | None:
+    """The machine's memory, or its container's limit; None where the system does not say."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        import ctypes
+
+        if not hasattr(ctypes, "windll"):
+            return None
+        kib = ctypes.c_ulonglong()
+        if not ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kib)):
+            return None
+        total = kib.value * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text) if text.isdigit() else total) / 2**30
+
+
+def gpu_memory_gib() -> float | None:
+    import torch
+
+    return torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else None
+
+
+def versions() -> dict[str, str]:
+    """For result files: what the numbers were made with."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def hardware() -> dict[str, str | float | int | None]:
+    """For result files: what the numbers were made on. `memory_gib` is the GPU's where there is one."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cuda = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if cuda else _cpu_name()
+    memory = gpu_memory_gib() if cuda else host_memory_gib()
+    return {"device": "cuda" if cuda else "cpu", "name": name, "memory_gib": memory and round(memory, 1), "cores": cores}
+
+
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def print_environment() -> None:
+    """The first lines of each notebook: with what, on what, and which profile for what reason."""
+    facts, (profile, why) = hardware(), profiles.choose()
+    memory = f"{facts['memory_gib']} GiB" if facts["memory_gib"] else "memory unknown"
+    print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"device: {facts['device']} ({facts['name']}), {memory}, {facts['cores']} cores")
+    print(f"profile: {profile.name} ({why})")
+
+
+def prepare_notebook() -> None:
+    """Second half of every notebook's set-up cell: install what is missing, quieten, print what this runs on.
+
+    Only packages that are not there at all are installed, so that torch, numpy and transformers are never replaced under a
+    live kernel; a package that is there in a wrong version is reported with what to type.
+    """
+    import subprocess
+
+    checks = [(wanted, check_package(wanted)) for wanted in requirements()]
+    missing = [str(wanted) for wanted, check in checks if check.detail.startswith("not installed")]
+    if missing:
+        print("installing", ", ".join(missing))
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    for _, check in checks:
+        if not check.ok and not check.detail.startswith("not installed"):
+            print(f"[FAIL] {check.name}: {check.detail}\n       -> {check.todo}")
+
+    quiet()
+    print_environment()
+
+
+def quiet() -> None:
+    """No progress bars (they leave widget state in notebooks, which GitHub cannot show) and no third-party notices."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

@@ -1,0 +1,322 @@
+"""All figures of the course. They take results (tables, dataclasses, log rows), never models.
+
+Every function draws one figure, returns it, and gives it a text alternative (`figure.alt`). Colours are Okabe and Ito's,
+which remain distinct with every kind of colour vision; a second cue (marker, hatch, label) always goes with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
+STYLE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+def new_figure(width: float = 8.0, height: float = 3.4, rows: int = 1, columns: int = 1, **kwargs):
+    """(figure, axes) in the course's style."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+
+
+def finish(figure: Figure, alt: str) -> Figure:
+    """Attach the text alternative and close the figure for pyplot, so that a notebook shows it once, as the cell's value."""
+    figure.alt = alt
+    figure.canvas.manager.set_window_title(alt) if figure.canvas.manager else None
+    plt.close(figure)
+    return figure
+
+
+# ------------------------------------------------------------------------------- data and prompts (notebooks 01 and 02)
+
+
+def _per_doubling(words: Sequence[int], edges: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Histogram over whole numbers: (edges half a word lower, count per doubling of the word count in each bin)."""
+    shifted = [e - 0.5 for e in edges]
+    heights = []
+    for low, high in itertools.pairwise(shifted):
+        heights.append(sum(low < w < high for w in words) / math.log2(high / low))
+    return shifted, heights
+
+
+def plot_word_counts(words: dict[str, Sequence[int]]) -> Figure:
+    """Words per message of each speaker: on a linear axis, and on a logarithmic one with the log-normal fits."""
+    figure, (left, right) = new_figure(9.0, 3.4, columns=2)
+    edges = [1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 226, 320]
+    bins = list(range(0, 301, 10))
+    looks = ((BLUE, "", "-"), (ORANGE, "///", "--"))
+    for (name, counts), (colour, hatch, line) in zip(words.items(), looks, strict=False):
+        n = len(counts)
+        style = dict(facecolor=colour, edgecolor=colour, alpha=0.4, hatch=hatch, label=name)
+        left.hist(counts, bins, weights=[100 / n] * n, **style)
+        shifted, heights = _per_doubling(counts, edges)
+        right.stairs([100 * h / n for h in heights], shifted, fill=True, **style)
+        logs = [math.log(w) for w in counts]
+        normal = statistics.NormalDist(statistics.mean(logs), statistics.pstdev(logs))
+        xs = [math.exp(k / 20) for k in range(-10, 120)]
+        right.plot(
+            xs, [100 * math.log(2) * normal.pdf(math.log(x)) for x in xs], line, color=colour, lw=2, label=f"{name}, log-normal"
+        )
+    left.set(title="The same messages on a linear axis …", xlabel="words in a message", ylabel="% of the messages (per 10 words)")
+    right.set(
+        title="… and on a logarithmic one", xlabel="words in a message (log scale)", ylabel="% of the messages (per doubling)"
+    )
+    right.set(xscale="log", xlim=(0.7, 400))
+    right.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+    right.set_xticks([], minor=True)
+    left.legend()
+    right.legend(fontsize=8)
+    return finish(figure, f"Histograms of words per message for {' and '.join(words)}: long right tails on a linear axis, "
+                          "bells on a logarithmic one, each with its log-normal curve.")  # fmt: skip
+
+
+def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequence[str]) -> Figure:
+    """Words per reply on a logarithmic axis, cut into the classes."""
+    figure, axes = new_figure(9.0, 3.6)
+    ends = [1, *bounds, max(2 * bounds[-1], max(words) + 1)]
+    edges = sorted({round(math.sqrt(a * b)) for a, b in itertools.pairwise(ends)} | set(ends))
+    shifted, heights = _per_doubling(words, edges)
+    top = max(heights) * 1.32
+    for i, (low, high) in enumerate(itertools.pairwise(e - 0.5 for e in ends)):
+        inside = [(h, e) for h, *e in zip(heights, shifted, shifted[1:], strict=False) if low <= e[0] < high]
+        corners = [e[0] for _, e in inside] + [high]
+        colour, hatch = ((SKY, ""), (BLUE, "..."))[i % 2]
+        axes.stairs([h for h, _ in inside], corners, fill=True, facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white")
+        axes.text(math.sqrt(low * high), top * 0.98, names[i], rotation=45, ha="center", va="top", fontsize=9)
+        if i:
+            axes.axvline(low, color=BLACK, lw=1, ls=":")
+    axes.set(
+        xscale="log",
+        xlim=(0.5, ends[-1]),
+        ylim=(0, top),
+        xlabel="words in a reply (log scale); ticks: first word count of each class",
+    )
+    axes.set(ylabel="replies per doubling", title="The ten length classes over the character's replies")
+    axes.set_xticks([1, *bounds], [str(b) for b in (1, *bounds)])
+    axes.set_xticks([], minor=True)
+    axes.grid(False, axis="x")
+    return finish(
+        figure, f"Histogram of reply lengths in words with the bounds {', '.join(map(str, bounds))} between ten classes."
+    )
+
+
+def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) -> Figure:
+    """Share of replies in each class, one bar a data set."""
+    figure, axes = new_figure(8.5, 3.2)
+    width = 0.8 / len(shares)
+    looks = ((BLUE, ""), (ORANGE, "///"), (GREEN, "..."))
+    for k, ((label, values), (colour, hatch)) in enumerate(zip(shares.items(), looks, strict=False)):
+        places = [i - 0.4 + width * (k + 0.5) for i in range(len(names))]
+        axes.bar(places, [100 * v for v in values], width, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.axhline(100 / len(names), color=BLACK, lw=1, ls="--", label="even share")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set(ylabel="% of the replies", xlabel="length class", title="Replies per length class")
+    axes.grid(False, axis="x")
+    axes.legend()
+    return finish(figure, f"Bars: percent of replies in each of the classes {', '.join(names)} for {' and '.join(shares)}.")
+
+
+def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int]) -> Figure:
+    """Each story as a mark at its number of tokens; the contexts as lines."""
+    figure, axes = new_figure(9.0, 1.5 + 0.75 * len(tokens))
+    looks = ((BLUE, "o"), (GREEN, "D"), (ORANGE, "x"))
+    for row, ((label, counts), (colour, marker)) in enumerate(zip(tokens.items(), looks, strict=False)):
+        heights = [row + 0.25 * math.sin(12.9898 * i) for i in range(len(counts))]  # spread, the same every time
+        axes.scatter(counts, heights, s=28, color=colour, marker=marker, alpha=0.7, label=label)
+    for context in contexts:
+        axes.axvline(context, color=RED, ls="--", lw=1.3)
+        axes.text(context, len(tokens) - 0.42, f"{round(context / 1000)}k ", ha="right", va="top", color=RED)
+    axes.set(xscale="log", ylim=(-0.6, len(tokens) - 0.4), xlabel="tokens in a story (log scale); dashed: contexts")
+    axes.set(title="Stories against the context: what stands right of a line is cut there")
+    axes.set_yticks(range(len(tokens)), list(tokens))
+    axes.set_xticks([128, 256, 512, 1024, 2048, 4096, 8192], ["128", "256", "512", "1,024", "2,048", "4,096", "8,192"])
+    axes.set_xticks([], minor=True)
+    axes.grid(False, axis="y")
+    return finish(
+        figure, f"Tokens per story for {' and '.join(tokens)}, with lines at contexts of {', '.join(map(str, contexts))} tokens."
+    )
+
+
+def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]]) -> Figure:
+    """One strip per setting: which tokens carry loss, and (triangles) where the end-of-sequence tokens are."""
+    figure, axes = new_figure(9.0, 1.2 + 0.62 * len(masks))
+    for row, (trained, ends) in enumerate(masks.values()):
+        axes.broken_barh([(0, len(trained))], (row - 0.3, 0.6), facecolor="#dddddd", edgecolor="none")
+        start = 0
+        for value, run in itertools.groupby(trained):
+            n = len(list(run))
+            if value:
+                axes.broken_barh([(start, n)], (row - 0.3, 0.6), facecolor=SKY, hatch="///", edgecolor=BLUE)
+            start += n
+        axes.plot([e + 0.5 for e in ends], [row + 0.4] * len(ends), "v", color=RED, ms=6, clip_on=False)
+    axes.set_yticks(range(len(masks)), list(masks))
+    axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample")
+    axes.set(title="Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence")
+    axes.grid(False)
+    return finish(figure, f"Strips that mark the trained tokens of the same story under {', '.join(masks)}.")
+
+
+def plot_packed_rows(rows: Sequence[Sequence[int]], context: int, names: Sequence[Sequence[str]]) -> Figure:
+    """Rows of a packed batch, filled by samples; `rows` holds their lengths, `names` what to write on them."""
+    figure, axes = new_figure(9.0, 1.2 + 0.34 * len(rows))
+    looks = ((BLUE, ""), (ORANGE, "///"), (GREEN, "..."), (SKY, "\\\\\\"), (PURPLE, "xx"))
+    for row, (lengths, labels) in enumerate(zip(rows, names, strict=True)):
+        start = 0
+        for k, (n, label) in enumerate(zip(lengths, labels, strict=True)):
+            colour, hatch = looks[k % len(looks)]
+            axes.barh(row, n, left=start, height=0.78, color=colour, hatch=hatch, edgecolor="white", lw=1.5)
+            box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85)
+            axes.text(start + n / 2, row, label, ha="center", va="center", fontsize=8, bbox=box)
+            start += n
+        axes.barh(row, context - start, left=start, height=0.78, color="#eeeeee", edgecolor="none")
+    fill = sum(map(sum, rows)) / (context * len(rows))
+    axes.axvline(context, color=BLACK, lw=1.5)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, context * 1.01), xlabel="tokens; grey: unused", ylabel="packed row")
+    axes.set_yticks(range(len(rows)))
+    axes.set(title=f"{sum(map(len, rows))} stories in {len(rows)} rows of {context:,} tokens, {fill:.1%} filled (numbers: story)")
+    axes.grid(False)
+    return finish(figure, f"{len(rows)} packed rows of {context} tokens, filled to {fill:.1%} by stories laid end to end.")
+
+
+def plot_attention_blocks(position_ids: Sequence[int]) -> Figure:
+    """Who may look at whom in a packed row: positions above, the block-diagonal causal pattern below."""
+    documents, current = [], -1
+    for p in position_ids:
+        current += p == 0
+        documents.append(current)
+    n = len(documents)
+    seen = [[float(documents[q] == documents[k] and k <= q) for k in range(n)] for q in range(n)]
+    figure, (top, bottom) = new_figure(5.2, 5.6, rows=2, height_ratios=(1, 3), sharex=True)
+    top.plot(range(n), position_ids, "o-", color=BLUE, ms=4, lw=1)
+    top.set(ylabel="position", title="Positions restart with each story …")
+    bottom.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
+    bottom.set(xlabel="token that is looked at", ylabel="token that looks", title="… so attention stays inside it")
+    bottom.grid(False)
+    return finish(figure, "Restarting positions of a packed row, and the block-diagonal causal attention that follows from them.")
+
+
+# ------------------------------------------------------------------------------------ routers and experts (notebook 03)
+
+EXPERT_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK)
+
+
+def plot_router_plane(panels: dict[str, tuple[Sequence, Sequence, Sequence[int]]]) -> Figure:
+    """Tokens in a plane, coloured by their first expert, with the router's rows as numbered arrows.
+
+    panels: title → (tokens (T, 2), router (E, 2), first choice (T,)).
+    """
+    figure, row = new_figure(8.0, 3.9, columns=len(panels), sharex=True, sharey=True)
+    for axes, (title, (tokens, router, chosen)) in zip(row, panels.items(), strict=True):
+        colours = [EXPERT_COLOURS[int(e) % 8] for e in chosen]
+        axes.scatter([float(t[0]) for t in tokens], [float(t[1]) for t in tokens], c=colours, s=9, alpha=0.7, lw=0)
+        for e, (x, y) in enumerate(router):
+            x, y = float(x), float(y)
+            axes.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="->", color=BLACK, lw=1.4))
+            box = dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor=EXPERT_COLOURS[e % 8], lw=2)
+            axes.text(1.22 * x, 1.22 * y, str(e), ha="center", va="center", fontsize=9, bbox=box)
+        axes.set(title=title, xlabel="hidden feature 0", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+    row[0].set_ylabel("hidden feature 1")
+    return finish(figure, "Points in a plane; each goes to the expert whose router row, an arrow, it points along most.")
+
+
+def plot_saturation(scales: Sequence[float], top: Sequence[float], entropy: Sequence[float], slope: Sequence[float]) -> Figure:
+    """What happens to a softmax when its logits are multiplied: largest share, entropy, largest derivative."""
+    figure, axes = new_figure(7.0, 3.2)
+    axes.plot(scales, top, "o-", color=BLUE, ms=4, label="largest routing probability")
+    axes.plot(scales, entropy, "s--", color=ORANGE, ms=4, label="entropy in nats")
+    axes.plot(scales, slope, "^:", color=GREEN, ms=5, label="largest derivative dp/dx")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(scales), [f"{s:g}" for s in scales])
+    axes.set(xlabel="the same eight logits, multiplied by …", ylabel="value", ylim=(-0.05, None))
+    axes.set(title="Large logits saturate the softmax")
+    axes.legend()
+    return finish(figure, "As logits grow, the largest probability goes to 1, the entropy and the derivative to 0.")
+
+
+def plot_rounding(logits: Sequence[float], rounded: Sequence[float], shares: dict[str, Sequence[float]]) -> Figure:
+    """Left: bf16 rounding of numbers around 128. Right: the softmax share of a logit that moves through them."""
+    figure, (left, right) = new_figure(9.0, 3.4, columns=2)
+    left.plot(logits, logits, color=BLACK, lw=1, ls=":", label="exact")
+    left.plot(logits, rounded, color=RED, lw=1.8, label="bf16")
+    left.axvline(128, color=BLACK, lw=0.8, alpha=0.4)
+    left.set(xlabel="logit", ylabel="logit after rounding", title="bf16 has steps of 1 above 128")
+    left.legend()
+    looks = itertools.cycle(((BLACK, ":", 1.4), (RED, "-", 1.8), (BLUE, "--", 1.4)))
+    for (name, values), (colour, style, width) in zip(shares.items(), looks, strict=False):
+        right.plot(logits, values, color=colour, ls=style, lw=width, label=name)
+    right.set(xlabel="logit of one expert; ten others at 128", ylabel="its softmax share", title="… and the softmax jumps too")
+    right.legend()
+    return finish(figure, "bf16 rounds logits above 128 to whole numbers, so a softmax share moves in jumps; near 0 it does not.")
+
+
+def plot_z_descent(logits: Sequence[Sequence[float]], logsumexp: Sequence[float], floor: float) -> Figure:
+    """Gradient descent on the z-loss alone: each logit of one token, and their logsumexp, by step."""
+    figure, axes = new_figure(7.5, 3.3)
+    for e, path in enumerate(zip(*logits, strict=True)):
+        axes.plot(path, color=BLUE, lw=1.1, alpha=0.75, label="the eight logits" if e == 0 else None)
+    axes.plot(logsumexp, color=RED, lw=2.4, ls="--", label="logsumexp")
+    axes.axhline(0, color=BLACK, lw=0.8)
+    axes.axhline(floor, color=GREEN, lw=1.4, ls=":", label="−ln 8")
+    axes.set(xlabel="step of gradient descent", ylabel="logit", title="The z-loss pulls the logsumexp to 0, not the logits")
+    axes.legend(loc="upper right", ncols=3)
+    return finish(figure, "Under the z-loss alone the logsumexp falls to 0 and the logits settle below 0, still apart.")
+
+
+def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], quantities: dict[str, str]) -> Figure:
+    """Log rows by step. runs: group → name of run → rows; quantities: key in the rows → axis title. One row of panels a group."""
+    figure, grid = new_figure(13.0, 2.7 * len(runs), rows=len(runs), columns=len(quantities), sharex=True, sharey="col")
+    looks = ((BLACK, ":"), (SKY, "--"), (RED, "-"), (GREEN, "-."))
+    for line, (group, members) in zip(grid, runs.items(), strict=True):
+        for axes, (key, title) in zip(line, quantities.items(), strict=True):
+            for (name, rows), (colour, style) in zip(members.items(), looks, strict=False):
+                axes.plot(range(1, len(rows) + 1), [r[key] for r in rows], color=colour, ls=style, lw=1.6, label=name)
+            axes.set_title(title, fontsize=10)
+        line[0].set_ylabel(group)
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    grid[0][0].legend(fontsize=8)
+    return finish(figure, f"{', '.join(quantities.values())} by training step for {', '.join(runs)}, one line a run.")
+
+
+def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
+    """Heat maps of the share of assignments that each expert gets in each layer. loads: title → (L, E); 1 / E is balance."""
+    tables = {title: [[float(v) for v in layer] for layer in load] for title, load in loads.items()}
+    layers, experts = len(next(iter(tables.values()))), len(next(iter(tables.values()))[0])
+    top = max(v for table in tables.values() for layer in table for v in layer)
+    figure, row = new_figure(4.6 * len(tables), 1.1 + 0.45 * layers, columns=len(tables), squeeze=False, sharey=True)
+    for axes, (title, table) in zip(row[0], tables.items(), strict=True):
+        image = axes.imshow(table, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        for y, layer in enumerate(table):
+            for x, value in enumerate(layer):
+                ink = "white" if value < 0.6 * top else BLACK
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
+        axes.set(xlabel="expert", title=title, xticks=range(experts), yticks=range(layers))
+        axes.grid(False)
+    row[0][0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(row[0]), label="share of assignments", format=lambda v, _: f"{v:.0%}")
+    return finish(figure, f"Share of assignments of {experts} experts in {layers} layers ({', '.join(tables)}); balance is {1 / experts:.1%}.")

@@ -1,0 +1,161 @@
+"""The tiny base model of the offline profile: a real MixtralForCausalLM of about 2 M parameters and its tokenizer.
+
+Both are committed under `data_samples/tiny_base/`; `python -m helpers.tiny` rebuilds them (`--help` shows the knobs).
+The base is trained on generated stories **without** length modifiers: what the course's adapters learn is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+from helpers.prompts import format_story
+from helpers.tiny_stories import make_story
+from helpers.tokens import encode
+
+HOME = Path(__file__).resolve().parent.parent / "data_samples" / "tiny_base"
+# Seeds of generated stories; the ranges never overlap.
+TOKENIZER_SEED, BASE_SEED, ADAPTER_SEED, VALIDATION_SEED, EVALUATION_SEED = (k * 10**6 for k in range(1, 6))
+
+
+def train_tokenizer(stories: int = 2500, vocab_size: int = 3072):
+    """A byte-level BPE with `<pad> <s> </s>`, which begins every text with `<s>` as Mixtral's tokenizer does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator((format_story(make_story(TOKENIZER_SEED + k)) for k in range(stories)), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left", clean_up_tokenization_spaces=False
+    )
+
+
+def tiny_config(vocab_size: int, hidden: int = 128, layers: int = 4, intermediate: int = 128, **kwargs):
+    """Mixtral's architecture, small: 8 experts, top-2, grouped-query attention, rope base 1e6, tied embeddings."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        **{
+            "vocab_size": -(-vocab_size // 64) * 64,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 32,
+            "num_key_value_heads": max(1, hidden // 64),
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.05,  # 0.02 is meant for much wider layers
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **kwargs,
+        }
+    )
+
+
+def pretrain(tokenizer, steps: int, tokens_per_step: int = 2048, lr: float = 3e-3, seed: int = 0, log=print, **config):
+    """A base model trained on `steps` × `tokens_per_step` tokens of generated stories; returns (model, history).
+
+    Pieces grow from 256 to 1,024 tokens over the run, which is quicker than long ones from the start. The balancing loss
+    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third.
+    """
+    import torch
+    from transformers import MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(tiny_config(len(tokenizer), output_router_logits=True, router_aux_loss_coef=0.01, **config)).train()
+    model.set_experts_implementation("grouped_mm")
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    stream, number, history, started = [], 0, [], time.monotonic()
+    for step in range(steps):
+        piece = (256, 512, 1024)[0 if step < 0.5 * steps else 1 if step < 0.85 * steps else 2]
+        while len(stream) < tokens_per_step:
+            stream += encode(make_story(BASE_SEED + number), tokenizer).input_ids
+            number += 1
+        batch = torch.tensor(stream[:tokens_per_step]).view(-1, min(piece, tokens_per_step))
+        stream = stream[tokens_per_step:]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50, max(0.02, (steps - step) / (steps / 3)))
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step == steps - 1:
+            history.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - started)})
+            log(json.dumps(history[-1]), flush=True)
+    model.config.output_router_logits = False
+    return model.eval(), history
+
+
+def validation_loss(model, tokenizer, stories: int = 32) -> float:
+    """Cross-entropy (nats a token) on stories that no training has seen."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for k in range(stories):
+            ids = torch.tensor([encode(make_story(VALIDATION_SEED + k), tokenizer).input_ids])
+            total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    return total / count
+
+
+def build(folder: Path, steps: int = 5000, seed: int = 0) -> dict:
+    """Tokenizer and base model into `folder`, in bf16, with a provenance file; returns what that file says."""
+    import torch
+    import transformers
+
+    tokenizer = train_tokenizer()
+    model, history = pretrain(tokenizer, steps, seed=seed)
+    model = model.to(torch.bfloat16)  # what is shipped is what is measured
+    facts = {
+        "command": f"python -m helpers.tiny --steps {steps} --seed {seed}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": steps * 2048,
+        "validation_loss": round(validation_loss(model.float(), tokenizer), 4),
+        "perplexity": None,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "history": history,
+    }
+    facts["perplexity"] = round(math.exp(facts["validation_loss"]), 3)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts["sha256"] = checksums(folder)
+    (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights and the tokenizer."""
+    import hashlib
+
+    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("model.safetensors", "tokenizer.json")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Rebuild the tiny base model of the offline profile.")
+    parser.add_argument("--out", type=Path, default=HOME)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    facts = build(options.out, options.steps, options.seed)
+    print({k: v for k, v in facts.items() if k != "history"})

@@ -1,0 +1,148 @@
+"""Thin widgets. Each is a few controls around a plain function of this module, which notebooks also call by itself, so that
+the page shows its result without a kernel. Core ipywidgets classes only (the ones that versions 7 and 8 share); callbacks
+set the value of an HTML box, so there are no output areas in which an error could hide.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Callable, Sequence
+
+import ipywidgets
+
+from helpers.lengths import LENGTHS, count_words, length_class
+from helpers.prompts import generation_prompt, generation_segments
+from helpers.stories import Message, Pair, Story, StoryError, clean
+from helpers.tokens import IGNORED, Encoded, encode_segments
+
+NO_MODIFIER = "(none)"
+
+
+class Panel(ipywidgets.VBox):
+    """A VBox with a readable text form for pages without a kernel."""
+
+    def __repr__(self) -> str:
+        return "(interactive panel: run this cell to use it; the output above is its static twin)"
+
+
+def _live(controls: Sequence, render: Callable[[], str], rows: Sequence) -> Panel:
+    """Controls above an HTML box that shows `render()` after every change."""
+    box = ipywidgets.HTML()
+
+    def refresh(_=None) -> None:
+        style = "white-space:pre-wrap;line-height:1.35;max-height:32em;overflow-y:auto;margin:0;padding:.6em"
+        box.value = f'<pre style="{style}">{html.escape(render())}</pre>'
+
+    for control in controls:
+        control.observe(refresh, names="value")
+    refresh()
+    return Panel([*rows, box])
+
+
+def visible(text: str) -> str:
+    """Text with every newline shown as ⏎ (and still broken there)."""
+    return text.replace("\n", "⏎\n")
+
+
+# ---------------------------------------------------------------------------------------------------- story browser
+
+
+def story_page(story: Story, first: int = 0, count: int = 4, width: int = 100) -> str:
+    """`count` turns of a story from turn `first` on, each with speaker, words and length class, as plain text."""
+    turns = story.messages[first : first + count]
+    lines = [f"{story.names.character} (character) and {story.names.user} (user), {len(story.messages)} turns"]
+    if first == 0:
+        lines += ["", *textwrap.wrap("Scenario: " + story.scenario, width)]
+    for number, m in enumerate(turns, start=first + 1):
+        length = f", {length_class(m.text)}" if m.speaker == "character" else ""
+        words = count_words(m.text)
+        lines += ["", f"[{number}] {story.name_of(m.speaker)} ({m.speaker}, {words} word{'s' if words != 1 else ''}{length})"]
+        for paragraph in m.text.split("\n"):
+            lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def story_browser(stories: Sequence[Story]) -> Panel:
+    """Choose a story, move through its turns."""
+    titles = [(f"{i + 1}. {s.names.character} and {s.names.user}", i) for i, s in enumerate(stories)]
+    which = ipywidgets.Dropdown(options=titles, description="story")
+    first = ipywidgets.IntSlider(min=1, max=len(stories[0].messages), description="from turn")
+    count = ipywidgets.IntSlider(value=4, min=1, max=12, description="turns")
+
+    def render() -> str:
+        story = stories[which.value]
+        first.max = len(story.messages)  # also pulls the value back into the story
+        return story_page(story, first.value - 1, count.value)
+
+    return _live((which, first, count), render, (which, ipywidgets.HBox([first, count])))
+
+
+# ---------------------------------------------------------------------------------------------------- prompt builder
+
+
+def prompt_preview(char: str, user: str, length: str | None, text: str, tokenizer=None) -> str:
+    """The generation prompt for one user message, newlines visible, with its token count; or what is wrong, in a sentence."""
+    try:
+        personas = Pair(f"{char} keeps the lighthouse.", f"{user} sails the mail boat.")
+        scenario = f"{user} knocks at the lighthouse in a storm."
+        story = Story(Pair(char, user), personas, scenario, (Message("user", clean(text)),))
+    except StoryError as error:
+        return f"cannot be formatted: {error}"
+    shown = visible(generation_prompt(story, length))
+    if tokenizer is not None:
+        tokens = encode_segments(generation_segments(story, length), tokenizer)
+        shown += f"\n\n[{len(tokens)} tokens]"
+    return shown
+
+
+def prompt_builder(tokenizer=None, char: str = "Ferro", user: str = "Ana", text: str = "Is anyone there?") -> Panel:
+    """Names, length and user text → the prompt, live."""
+    names = ipywidgets.Text(value=char, description="character"), ipywidgets.Text(value=user, description="user")
+    length = ipywidgets.Dropdown(options=[NO_MODIFIER, *LENGTHS], value="medium", description="length")
+    said = ipywidgets.Textarea(value=text, description="user text", rows=4)
+
+    def render() -> str:
+        chosen = None if length.value == NO_MODIFIER else length.value
+        return prompt_preview(names[0].value, names[1].value, chosen, said.value, tokenizer)
+
+    return _live((*names, length, said), render, (ipywidgets.HBox([*names, length]), said))
+
+
+# -------------------------------------------------------------------------------------------------------- token view
+
+
+def token_pieces(encoded: Encoded, tokenizer) -> list[tuple[str, bool]]:
+    """(text, trained) for each token. A token that ends inside a character is shown together with the next one."""
+    pieces, done = [], 0
+    decoded = ""
+    for i in range(len(encoded)):
+        whole = tokenizer.decode(encoded.input_ids[: i + 1], skip_special_tokens=False)
+        if whole.endswith("\ufffd") and i + 1 < len(encoded):
+            continue
+        pieces.append((whole[len(decoded) :], any(label != IGNORED for label in encoded.labels[done : i + 1])))
+        decoded, done = whole, i + 1
+    return pieces
+
+
+def token_text(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Tokens as plain text: `|` between them, runs of trained tokens in ⟦ ⟧."""
+    out, inside = [], False
+    for text, trained in pieces:
+        out.append("⟧" * (inside and not trained) + ("⟦" if trained and not inside else "|" * bool(out)) + visible(text))
+        inside = trained
+    return "".join(out) + "⟧" * inside
+
+
+def token_html(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Tokens as HTML: trained ones are coloured and underlined, the others grey; shades alternate to show the borders."""
+    spans = []
+    for i, (text, trained) in enumerate(pieces):
+        shown = html.escape(text).replace("\n", "⏎<br>")
+        if trained:
+            back = ("#9ecae9", "#c9e3f5")[i % 2]
+            spans.append(f'<u style="background:{back};color:#00304d;text-decoration-thickness:2px">{shown}</u>')
+        else:
+            back = ("#f0f0f0", "#e2e2e2")[i % 2]
+            spans.append(f'<span style="background:{back};color:#555">{shown}</span>')
+    return f'<div style="font-family:monospace;line-height:1.7;white-space:pre-wrap">{"".join(spans)}</div>'

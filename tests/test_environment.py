@@ -1,0 +1,146 @@
+"""The doctor, and the lists of packages that it reads: they must agree with each other and with what the code imports."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from helpers import environment, profiles
+from helpers.environment import Check, check_package, doctor, report
+
+ROOT = environment.ROOT
+# What a hosted notebook has before anything is installed (Colab, August 2026): it must not be replaced.
+COLAB = {
+    "torch": "2.11.0+cu128",
+    "transformers": "5.15.0",
+    "peft": "0.20.0",
+    "accelerate": "1.14.0",
+    "datasets": "4.0.0",
+    "numpy": "2.1.0",
+    "matplotlib": "3.10.0",
+    "ipywidgets": "7.7.1",
+    "ipython": "7.34.0",
+    "nbclient": "0.10.0",
+}
+
+
+def read(name: str) -> list[Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+
+
+def by_name(requirements: list[Requirement]) -> dict[str, Requirement]:
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setenv(profiles.VARIABLE, "tiny")
+
+
+def test_doctor_passes_here(tiny):
+    checks = doctor()
+    assert not [c for c in checks if not c.ok], report(checks)
+    assert {"Python", "torch", "bitsandbytes", "profile", "device", "memory", "bf16", "disk", "4-bit"} <= {c.name for c in checks}
+
+
+@pytest.mark.parametrize("text", ["torch>=99", "transformers<1", "no-such-package>=1.0,<2"])
+def test_a_range_that_cannot_be_met_fails_and_says_what_to_type(text):
+    check = check_package(Requirement(text))
+    assert not check.ok
+    assert f'pip install "{text}"' in check.todo
+
+
+def test_local_builds_count_as_their_version(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.11.0+cu128")
+    assert check_package(Requirement("torch>=2.11,<3")).ok
+    assert not check_package(Requirement("torch>2.11,<3")).ok
+
+
+def test_a_broken_check_is_a_failed_check(tiny, monkeypatch):
+    def broken():
+        raise OSError("libcudart.so.12: cannot open shared object file\nand a long story")
+
+    monkeypatch.setattr(environment, "check_quantisation", broken)
+    failed = next(c for c in doctor() if c.name == "4-bit")
+    assert not failed.ok and failed.detail == "OSError: libcudart.so.12: cannot open shared object file" and failed.todo
+
+
+def test_profiles_that_do_not_fit_fail(monkeypatch):
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 14.7)
+    monkeypatch.setenv(profiles.VARIABLE, "a100-80")
+    check = environment.check_profile()
+    assert not check.ok and "14.7" in check.detail and f"unset {profiles.VARIABLE}" in check.todo
+    monkeypatch.setenv(profiles.VARIABLE, "huge")
+    assert "a100-80" in environment.check_profile().detail  # names those that exist
+    assert not next(c for c in doctor() if c.name == "profile").ok  # and the doctor goes on to its end
+
+
+@pytest.mark.parametrize(("capability", "ok"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bf16_goes_by_compute_capability(monkeypatch, capability, ok):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert environment.check_bf16(profiles.PROFILES["l4"]).ok is ok
+    assert environment.check_bf16(profiles.PROFILES["t4"]).ok
+
+
+def test_every_download_has_its_size():
+    assert {p.base for p in profiles.PROFILES.values() if p.name != "tiny"} == set(environment.DOWNLOAD_GIB)
+
+
+def test_report():
+    text = report([Check("one", True, "fine", "never shown"), Check("two", False, "gone", "type this")])
+    assert text == "[OK]   one: fine\n[FAIL] two: gone\n       -> type this\n1 of 2 checks failed: two"
+    assert report([Check("one", True, "fine")]).endswith("all 1 checks passed")
+
+
+def test_facts_for_result_files(tiny, capsys):
+    assert set(environment.versions()) == {"python", *environment.PACKAGES}
+    assert "missing" not in environment.versions().values()
+    facts = environment.hardware()
+    assert facts["device"] in ("cpu", "cuda") and facts["name"] and facts["cores"] >= 1 and facts["memory_gib"] > 1
+    environment.print_environment()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["versions", "device", "profile"]
+    assert lines[2] == "profile: tiny (asked for by $COURSE_PROFILE)"
+
+
+def test_import_is_light():
+    """The doctor must be able to say that torch is broken, so importing it must not import torch."""
+    code = "import sys, helpers.environment as e; assert not {'torch', 'transformers', 'packaging'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_lists_of_packages_agree():
+    course, constraints = by_name(read("requirements.txt")), by_name(read("constraints.txt"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    for name, wanted in by_name([Requirement(r) for r in project]).items():
+        assert wanted.specifier == course[name].specifier, name
+    for name, wanted in {**course, **by_name(read("requirements-dev.txt"))}.items():
+        (pin,) = constraints[name].specifier
+        assert pin.operator == "==" and wanted.specifier.contains(pin.version), name
+
+
+def test_the_ranges_hold_what_colab_has():
+    course = by_name(read("requirements.txt"))
+    for name, version in COLAB.items():
+        assert course[name].specifier.contains(version), name
+
+
+def test_everything_that_the_helpers_import_is_required():
+    known = {canonicalize_name(name) for name in by_name(read("requirements.txt"))}
+    providers = metadata.packages_distributions()
+    for file in sorted((ROOT / "helpers").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"helpers"}:
+                if top in providers:
+                    assert known & {canonicalize_name(d) for d in providers[top]}, f"{file.name}:{node.lineno} imports {top}"

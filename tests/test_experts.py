@@ -1,0 +1,160 @@
+"""The 4-bit expert MLP against a float64 loop over dequantised experts, and its promise to keep no weights."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnbf
+import pytest
+import torch
+from torch import nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from helpers import experts
+
+E, H, I, R = 4, 64, 128, 3
+
+
+def make(seed: int = 0, scale: float = 0.2) -> tuple[MixtralExperts, MixtralExperts]:
+    """(packed, dequantised float64 twin)."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=E)
+    config._experts_implementation = experts.NAME
+    packed, twin = MixtralExperts(config), MixtralExperts(config)
+    for name in experts.STACKS:
+        weight = torch.randn_like(getattr(packed, name)) * scale
+        setattr(packed, name, experts.quantize_stack(weight))
+        setattr(twin, name, nn.Parameter(experts.dequantize_stack(getattr(packed, name)).double(), requires_grad=False))
+    return packed, twin
+
+
+def lora_factors(seed: int = 1, dtype=torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(E, R, H), (E, 2 * I, R), (E, R, I), (E, H, R)]
+    return [(torch.randn(s, generator=g) * 0.3).to(dtype).requires_grad_() for s in shapes]
+
+
+def reference(twin, x, index, weight, a1, b1, a2, b2):
+    """Σ_k weight · down(silu(gate) · up), one token and one expert at a time, in plain autograd."""
+    rows = []
+    for t in range(x.shape[0]):
+        row = torch.zeros(H, dtype=x.dtype)
+        for k in range(index.shape[1]):
+            e = int(index[t, k])
+            h = (twin.gate_up_proj[e] + b1[e] @ a1[e]) @ x[t]
+            a = nn.functional.silu(h[:I]) * h[I:]
+            row = row + weight[t, k] * ((twin.down_proj[e] + b2[e] @ a2[e]) @ a)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def attach(module, factors, dropout=0.0):
+    a1, b1, a2, b2 = factors
+    module.lora_factors = {
+        "gate_up_proj": experts.Factors(a1, b1, dropout),
+        "down_proj": experts.Factors(a2, b2, dropout),
+    }
+
+
+INDICES = {
+    "top-1": torch.tensor([[0], [3], [1], [3], [2]]),
+    "top-2": torch.tensor([[0, 1], [3, 2], [1, 0], [3, 1], [2, 3]]),
+    "all to one": torch.full((5, 1), 2),
+    "one token": torch.tensor([[1, 3]]),
+    "every expert": torch.tensor([[0, 1, 2, 3]] * 3),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_forward_and_every_gradient_equal_the_float64_loop(name):
+    index = INDICES[name]
+    packed, twin = make()
+    torch.manual_seed(2)
+    x = torch.randn(index.shape[0], H)
+    weight = torch.rand(index.shape)
+    inputs = [x.requires_grad_(), weight.requires_grad_(), *lora_factors()]
+    attach(packed, inputs[2:])
+    out = packed(x, index, weight)
+    up = torch.randn_like(out)
+    got = torch.autograd.grad((out * up).sum(), inputs)
+
+    doubles = [v.detach().double().requires_grad_() for v in inputs]
+    wanted_out = reference(twin, doubles[0], index, *doubles[1:])
+    wanted = torch.autograd.grad((wanted_out * up.double()).sum(), doubles)
+    torch.testing.assert_close(out.double(), wanted_out, rtol=1e-5, atol=1e-5)
+    for g, w in zip(got, wanted, strict=True):
+        assert (g.double() - w).norm() <= 2e-6 * w.norm() + 1e-9
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_low_precision_is_close(dtype, tolerance):
+    packed, twin = make()
+    for name in experts.STACKS:
+        getattr(packed, name).quant_state.dtype = dtype
+    index, x, weight = INDICES["top-2"], torch.randn(5, H), torch.rand(5, 2)
+    factors = lora_factors()
+    attach(packed, factors)
+    out = packed(x.to(dtype), index, weight)
+    assert out.dtype == dtype
+    wanted = reference(twin, x.double(), index, weight.double(), *(f.double() for f in factors))
+    assert (out.double() - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_without_adapters_it_is_the_stock_module_on_dequantised_weights():
+    packed, twin = make()
+    index, x, weight = INDICES["top-2"], torch.randn(5, H), torch.rand(5, 2)
+    stock = MixtralExperts.forward.__wrapped__(twin.double(), x.double(), index, weight.double())
+    torch.testing.assert_close(packed(x, index, weight).double(), stock, rtol=1e-5, atol=1e-5)
+
+
+def test_unpacking_expert_by_expert_is_bitsandbytes_own_dequantisation():
+    weight = torch.randn(E, 2 * I, H)
+    packed = experts.quantize_stack(weight)
+    whole = bnbf.dequantize_4bit(packed.data, packed.quant_state)
+    assert torch.equal(experts.dequantize_stack(packed), whole.view(E, 2 * I, H))
+    alone, state = bnbf.quantize_4bit(weight[2].contiguous(), blocksize=64, quant_type="nf4")
+    assert torch.equal(alone.flatten(), packed.data.view(E, -1)[2]), "the codes of an expert do not depend on its neighbours"
+    assert (experts.dequantize_stack(packed)[2] - bnbf.dequantize_4bit(alone, state)).abs().max() < 0.02
+
+
+def test_no_dequantised_weight_is_kept_for_backward():
+    packed, _ = make()
+    attach(packed, lora_factors())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        packed(torch.randn(5, H, requires_grad=True), INDICES["top-2"], torch.rand(5, 2))
+    assert kept, "the hook saw nothing"
+    smallest = H * I
+    lora_sizes = {f.numel() for f in lora_factors()}
+    assert all(t.numel() < smallest or t.numel() in lora_sizes for t in kept if t.dtype.is_floating_point)
+
+
+def test_dropout_draws_the_same_mask_in_backward():
+    """A finite difference along one direction sees the mask of forward; the gradient must agree with it."""
+    packed, _ = make()
+    factors = lora_factors()
+    attach(packed, factors, dropout=0.5)
+    packed.train()
+    index, weight = INDICES["top-2"], torch.rand(5, 2)
+    x, direction, up = torch.randn(5, H, dtype=torch.float64), torch.randn(5, H, dtype=torch.float64), torch.randn(5, H)
+
+    def value(v):
+        torch.manual_seed(7)
+        return (packed(v, index, weight) * up).sum()
+
+    x.requires_grad_()
+    (gradient, ga) = torch.autograd.grad(value(x), [x, factors[0]])
+    slope = (value(x.detach() + 1e-6 * direction) - value(x.detach() - 1e-6 * direction)) / 2e-6
+    assert abs((gradient * direction).sum() - slope) < 1e-4 * abs(slope) + 1e-4
+    assert ga.abs().sum() > 0
+    packed.eval()
+    torch.manual_seed(7)
+    assert not torch.equal(packed(x, index, weight), packed.train()(x, index, weight))
+
+
+def test_unsupported_layouts_are_named():
+    packed, _ = make()
+    assert experts.unsupported(packed) is None
+    packed.is_transposed = True
+    assert "transposed" in experts.unsupported(packed)
+    config = MixtralConfig(hidden_size=48, intermediate_size=I, num_local_experts=2)
+    assert "multiple" in experts.unsupported(MixtralExperts(config))

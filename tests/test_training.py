@@ -1,0 +1,189 @@
+"""The training run: loss, accumulation, resume, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import training
+from helpers.data import build_corpus, labelled_stories
+from helpers.profiles import PROFILES
+from helpers.router_losses import attach_router_losses
+from helpers.tiny_stories import labelled_story
+from helpers.tokens import IGNORED, Collator
+
+TINY = dataclasses.replace(
+    PROFILES["tiny"], stories="generated:40", context=512, micro_batch=2, max_steps=6, save_steps=3, lora_r=4, lora_alpha=8, learning_rate=2e-3
+)
+DATA = [labelled_story(k, balanced=0.6, max_words=150) for k in range(30)]
+
+
+def run(folder, profile=TINY, **kwargs):
+    return training.train(profile, DATA, folder, progress=None, log_every=1, **kwargs)
+
+
+def adapter_of(result):
+    from safetensors.torch import load_file
+
+    return load_file(result.adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_logs_every_step_and_its_router_losses(whole):
+    assert whole.finished and [r["step"] for r in whole.history] == [1, 2, 3, 4, 5, 6]
+    for row in whole.history:
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
+        assert row["router/z"] > 0 and row["router/balance"] >= 0.99
+        assert len(row["load"]) == 4 and abs(sum(row["load"][0]) - 1) < 1e-2
+    assert training.read_log(whole.run_dir) == whole.history
+
+
+def test_warmup_and_cosine_are_the_cards(whole):
+    """Linear warm-up from 0, then half a cosine to 0; the logged rate is the one after the step."""
+    steps, warmup = TINY.max_steps, 2
+    profile = dataclasses.replace(TINY, warmup_steps=warmup)
+    args = training.arguments(profile, whole.run_dir)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    from transformers import get_scheduler
+
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=steps)
+    for step in range(1, steps):
+        optimizer.step()
+        scheduler.step()
+        wanted = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        assert math.isclose(scheduler.get_last_lr()[0], args.learning_rate * wanted, rel_tol=1e-6)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path):
+    part = run(tmp_path, stop_after=4)
+    assert not part.finished and part.step == 4
+    with (tmp_path / "log.jsonl").open("a") as file:  # a row that a crash left behind, and half of another
+        file.write(json.dumps({"step": 5, "loss": 99.0}) + "\n" + '{"step": 6, "lo')
+    resumed = run(tmp_path)
+    assert resumed.finished
+    for name, tensor in adapter_of(whole).items():
+        assert torch.equal(tensor, adapter_of(resumed)[name]), name
+    for key in ("step", "loss", "grad_norm", "learning_rate", "router/z", "load"):
+        assert [r[key] for r in resumed.history] == [r[key] for r in whole.history], key
+
+
+def test_a_finished_run_is_not_trained_again(whole):
+    before = (whole.adapter / "adapter_model.safetensors").stat().st_mtime_ns
+    assert run(whole.run_dir).facts == whole.facts
+    assert (whole.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_settings_and_data_are_refused_with_the_difference(whole):
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.002 then, 0\.5 now"):
+        run(whole.run_dir, dataclasses.replace(TINY, learning_rate=0.5))
+    with pytest.raises(ValueError, match="the stories"):
+        training.train(TINY, DATA[:20], whole.run_dir, progress=None)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(whole.run_dir, resume=False)
+
+
+def prepared(micro_batch=1, z_coef=0.1):
+    profile = dataclasses.replace(TINY, micro_batch=micro_batch, accumulation=4 // micro_batch, z_coef=z_coef)
+    model = training.prepare_model(profile)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, p in sorted((n, p) for n, p in model.named_parameters() if ".lora_" in n):
+            p.normal_(std=0.02)
+    return profile, model
+
+
+def gradients(tokenizer, tmp_path, micro_batch):
+    """Gradients of one optimizer step over four rows, as the trainer sees them."""
+    profile, model = prepared(micro_batch)
+    corpus = build_corpus(DATA[:8], tokenizer, profile.context)
+    rows = corpus.rows[:4]
+    handle = attach_router_losses(model, profile.z_coef, 0.0)
+    caught = {}
+
+    class Catch(training.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    args = training.arguments(dataclasses.replace(profile, max_steps=1), tmp_path / str(micro_batch))
+    args.max_grad_norm = 0.0
+    trainer = training.CourseTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=Collator(0), callbacks=[Catch()], router_losses=handle
+    )
+    trainer.train()
+    return caught, rows
+
+
+def test_accumulation_gives_the_gradient_of_one_big_batch(tokenizer, tmp_path):
+    one, _ = gradients(tokenizer, tmp_path, 4)
+    for micro_batch in (1, 2):
+        many, _ = gradients(tokenizer, tmp_path, micro_batch)
+        assert set(many) == set(one) and len(one) > 20
+        for name, g in one.items():
+            assert (many[name] - g).norm() <= 1e-4 * g.norm() + 1e-8, name
+
+
+def test_loss_on_trained_tokens_equals_the_models_own_loss(tokenizer, tmp_path):
+    profile, model = prepared(2, z_coef=0.0)
+    rows = build_corpus(DATA[:6], tokenizer, profile.context).rows[:2]
+    batch = Collator(0)(rows)
+    trainer = training.CourseTrainer(
+        model=model, args=training.arguments(profile, tmp_path), train_dataset=rows, router_losses=attach_router_losses(model, 0.0, 0.0)
+    )
+    model.train()
+    ours = trainer.compute_loss(model, dict(batch))
+    inputs = {k: v for k, v in batch.items() if k != "valid"}
+    assert abs(ours.item() - model(**inputs, use_cache=False).loss.item()) < 1e-5
+    masked = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    nothing = trainer.compute_loss(model, masked)
+    nothing.backward()
+    assert nothing.item() == 0.0, "a batch without a trained token has loss 0, not NaN"
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch):
+    broken = dataclasses.replace(TINY, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match="step"):
+        run(tmp_path, broken)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_one_story_is_learned_by_heart(tokenizer, tmp_path):
+    """The whole chain can drive the loss of a single conversation towards zero."""
+    profile = dataclasses.replace(TINY, max_steps=60, learning_rate=1e-2, lora_r=16, lora_alpha=32, micro_batch=1, save_steps=1000)
+    result = training.train(profile, [labelled_story(5, max_words=60)], tmp_path, progress=None, log_every=10)
+    assert result.history[-1]["loss"] < 0.15 * result.history[0]["loss"]
+
+
+def test_profiles_say_what_they_change_and_keep_the_cards_tokens_per_step():
+    card = PROFILES["a100-80"]
+    assert (card.learning_rate, card.micro_batch, card.accumulation, card.epochs, card.seed) == (1e-4, 4, 2, 3, 42)
+    assert (card.context, card.warmup_steps, card.lora_r, card.lora_alpha, card.lora_dropout) == (10240, 10, 32, 16, 0.05)
+    for profile in PROFILES.values():
+        assert profile.reasons
+        if profile.name != "tiny":
+            assert profile.tokens_per_step == card.tokens_per_step == 81920
+
+
+def test_written_stories_make_a_corpus(tokenizer):
+    profile = dataclasses.replace(PROFILES["a100-80"], context=10240)
+    corpus = build_corpus(labelled_stories(profile), tokenizer, profile.context)
+    assert corpus.dropped_turns == 0 and 0.2 < corpus.trained / corpus.tokens < 0.9
+
+
+def test_the_model_that_is_trained_on_is_not_the_plain_one(tokenizer):
+    """Guards the fixture above: 4-bit weights differ from the checkpoint's."""
+    _, model = prepared()
+    plain = AutoModelForCausalLM.from_pretrained(TINY.base_path, dtype=torch.float32)
+    ids = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad(), model.disable_adapter():
+        assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-3

@@ -34,11 +34,11 @@ course: $(VENV)/.installed ## the five notebooks in order on the profile that fi
 test: $(VENV)/.installed ## style, tests and notebooks on the tiny profile, offline
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) pytest tests
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 tests
 	$(RUN) pytest --nbmake --nbmake-timeout=1800 --durations=10 notebooks
 
 test-fast: $(VENV)/.installed ## the tests that take seconds
-	$(RUN) pytest -m "not slow" tests
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m "not slow" tests
 
 lint: $(VENV)/.installed ## style only
 	$(RUN) ruff check .

@@ -51,7 +51,9 @@ def one_page(notebooks: list, target: Path) -> Path:
     merged.cells = [cell for notebook in notebooks for cell in notebook.cells]
     for number, cell in enumerate(merged.cells):
         cell["id"] = f"cell-{number}"
-    html, _ = HTMLExporter(template_name="lab").from_notebook_node(merged, {"metadata": {"name": "Fine-tuning a Mixture of Experts"}})
+    html, _ = HTMLExporter(template_name="lab").from_notebook_node(
+        merged, {"metadata": {"name": "Fine-tuning a Mixture of Experts"}}
+    )
     target.write_text(html, encoding="utf-8")
     return target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Sequence
@@ -24,18 +25,21 @@ def labelled_stories(profile: Profile, stories: Sequence[Story] | None = None) -
     starts from nothing needs to see the rare classes often.
     """
     if stories is None and profile.stories.startswith("generated:"):
-        from helpers.tiny import ADAPTER_SEED
-        from helpers.tiny_stories import labelled_story
-
-        count = int(profile.stories.partition(":")[2])
-        first = ADAPTER_SEED + 10_000 * (profile.seed % 97)
-        # of 2 to 16 turns, so that rows hold one to five of them
-        limits = random.Random(profile.seed)
-        return [labelled_story(first + k, 0.6, profile.omit, max_words=limits.randint(100, 380)) for k in range(count)]
+        return list(_generated(int(profile.stories.partition(":")[2]), profile.seed, profile.omit))
     if stories is None:
         stories = load_stories(ROOT / profile.stories)
     rng = random.Random(profile.seed)
     return [(story, label_replies(story, profile.omit, rng)) for story in stories]
+
+
+@functools.lru_cache(maxsize=2)
+def _generated(count: int, seed: int, omit: float) -> tuple[Labelled, ...]:
+    from helpers.tiny import ADAPTER_SEED
+    from helpers.tiny_stories import labelled_story
+
+    first = ADAPTER_SEED + 10_000 * (seed % 97)
+    limits = random.Random(seed)  # stories of 2 to 16 turns, so that a row holds one to five of them
+    return tuple(labelled_story(first + k, balanced=0.6, omit=omit, max_words=limits.randint(100, 380)) for k in range(count))
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Corpus:
     def __str__(self) -> str:
         return (
             f"{self.samples} stories, {self.tokens:,} tokens, {self.trained / self.tokens:.0%} of them trained, "
-            f"{len(self.rows)} rows filled to {self.fill:.1%}" + (f", {self.dropped_turns} turns dropped" if self.dropped_turns else "")
+            f"{len(self.rows)} rows filled to {self.fill:.1%}"
+            + (f", {self.dropped_turns} turns dropped" if self.dropped_turns else "")
         )
 
 

@@ -8,6 +8,7 @@ is done with the untouched base model, which must not show it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -110,16 +111,21 @@ class LengthTable:
             "kendall": float(tau.statistic),
             "in_class": sum(r["in class"] for r in classes) / len(classes),
             "within_one": sum(r["within one"] for r in classes) / len(classes),
-            "rising_means": sum(b > a for a, b in zip(means, means[1:], strict=False)) / max(1, len(means) - 1),
+            "rising_means": sum(b > a for a, b in itertools.pairwise(means)) / max(1, len(means) - 1),
             "cut_off": sum(r["end"] == "limit" for r in self.replies) / len(self.replies),
         }
 
     def __str__(self) -> str:
-        lines = [f"{'length':<11}{'n':>4}{'mean words':>12}{'95 % interval':>17}{'median':>8}{'in class':>10}{'±1 class':>10}{'cut off':>9}"]
+        lines = [
+            f"{'length':<11}{'n':>4}{'mean words':>12}{'95 % interval':>17}{'median':>8}{'in class':>10}{'±1 class':>10}"
+            f"{'cut off':>9}"
+        ]
         for r in self.rows:
             shares = "".join(f"{'' if r[k] is None else f'{r[k]:.0%}':>10}" for k in ("in class", "within one"))
             interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
-            lines.append(f"{r['length']:<11}{r['n']:>4}{r['mean']:>12.1f}{interval:>17}{r['median']:>8.0f}{shares}{r['cut off']:>9.0%}")
+            lines.append(
+                f"{r['length']:<11}{r['n']:>4}{r['mean']:>12.1f}{interval:>17}{r['median']:>8.0f}{shares}{r['cut off']:>9.0%}"
+            )
         s = self.statistics
         lines.append(
             f"{self.label}: Spearman {s['spearman']:+.2f} and Kendall {s['kendall']:+.2f} over {s['replies']} single replies "

@@ -110,7 +110,9 @@ def dequantize_stack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 
 def quantize_stack(weight: Tensor, double_quant: bool = True) -> Params4bit:
     """A stack (E, out, in) packed into NF4 on its own device."""
-    packed = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant, blocksize=BLOCK)
+    packed = Params4bit(
+        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant, blocksize=BLOCK
+    )
     packed = packed.to(weight.device)
     if packed.quant_state is None:
         raise RuntimeError(f"bitsandbytes did not quantise on {weight.device}: run `python -m helpers doctor`")

@@ -89,8 +89,8 @@ def plot_word_counts(words: dict[str, Sequence[int]]) -> Figure:
     right.set(xscale="log", xlim=(0.7, 400))
     right.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
     right.set_xticks([], minor=True)
-    left.legend()
-    right.legend(fontsize=8)
+    left.legend(frameon=False)
+    right.legend(fontsize=8, frameon=False)
     return finish(figure, f"Histograms of words per message for {' and '.join(words)}: long right tails on a linear axis, "
                           "bells on a logarithmic one, each with its log-normal curve.")  # fmt: skip
 
@@ -101,13 +101,13 @@ def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequ
     ends = [1, *bounds, max(2 * bounds[-1], max(words) + 1)]
     edges = sorted({round(math.sqrt(a * b)) for a, b in itertools.pairwise(ends)} | set(ends))
     shifted, heights = _per_doubling(words, edges)
-    top = max(heights) * 1.32
+    top = max(heights) * 1.4
     for i, (low, high) in enumerate(itertools.pairwise(e - 0.5 for e in ends)):
         inside = [(h, e) for h, *e in zip(heights, shifted, shifted[1:], strict=False) if low <= e[0] < high]
         corners = [e[0] for _, e in inside] + [high]
         colour, hatch = ((SKY, ""), (BLUE, "..."))[i % 2]
         axes.stairs([h for h, _ in inside], corners, fill=True, facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white")
-        axes.text(math.sqrt(low * high), top * 0.98, names[i], rotation=45, ha="center", va="top", fontsize=9)
+        axes.text(math.sqrt(low * high), top * 0.98, names[i], rotation=90, ha="center", va="top", fontsize=9)
         if i:
             axes.axvline(low, color=BLACK, lw=1, ls=":")
     axes.set(
@@ -137,7 +137,8 @@ def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) 
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="% of the replies", xlabel="length class", title="Replies per length class")
     axes.grid(False, axis="x")
-    axes.legend()
+    axes.set_ylim(0, 100 * 1.22 * max(map(max, shares.values())))
+    axes.legend(loc="upper right", ncols=1 + len(shares), frameon=False)
     return finish(figure, f"Bars: percent of replies in each of the classes {', '.join(names)} for {' and '.join(shares)}.")
 
 
@@ -266,7 +267,7 @@ def plot_rounding(logits: Sequence[float], rounded: Sequence[float], shares: dic
     left.axvline(128, color=BLACK, lw=0.8, alpha=0.4)
     left.set(xlabel="logit", ylabel="logit after rounding", title="bf16 has steps of 1 above 128")
     left.legend()
-    looks = itertools.cycle(((BLACK, ":", 1.4), (RED, "-", 1.8), (BLUE, "--", 1.4)))
+    looks = itertools.cycle((("#bbbbbb", "-", 5.0), (RED, "-", 1.8), (BLUE, "--", 1.4)))
     for (name, values), (colour, style, width) in zip(shares.items(), looks, strict=False):
         right.plot(logits, values, color=colour, ls=style, lw=width, label=name)
     right.set(xlabel="logit of one expert; ten others at 128", ylabel="its softmax share", title="… and the softmax jumps too")
@@ -313,10 +314,13 @@ def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
         image = axes.imshow(table, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         for y, layer in enumerate(table):
             for x, value in enumerate(layer):
-                ink = "white" if value < 0.6 * top else BLACK
+                ink = "white" if value < 0.5 * top else BLACK
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=ink)
         axes.set(xlabel="expert", title=title, xticks=range(experts), yticks=range(layers))
         axes.grid(False)
     row[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=list(row[0]), label="share of assignments", format=lambda v, _: f"{v:.0%}")
-    return finish(figure, f"Share of assignments of {experts} experts in {layers} layers ({', '.join(tables)}); balance is {1 / experts:.1%}.")
+    return finish(
+        figure,
+        f"Share of assignments of {experts} experts in {layers} layers ({', '.join(tables)}); balance is {1 / experts:.1%}.",
+    )

@@ -62,7 +62,9 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
         base, adapters = self.get_base_layer(), [a for a in active_adapters if a in self.lora_A]
         if not adapters or not experts.is_experts(base) or base.config._experts_implementation != experts.NAME:
             if adapters and isinstance(self.get_param(), Params4bit):
-                raise RuntimeError(f"packed experts need the {experts.NAME!r} experts function: call model.set_experts_implementation")
+                raise RuntimeError(
+                    f"packed experts need the {experts.NAME!r} experts function: call model.set_experts_implementation"
+                )
             with super()._activate_lora(active_adapters):
                 yield
             return

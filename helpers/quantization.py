@@ -127,7 +127,9 @@ def _write_stacks(module: nn.Module, state_dict: dict, prefix: str, _metadata) -
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_4bit(path_or_id: str | Path, dtype: torch.dtype | str = "bfloat16", double_quant: bool = True, **kwargs) -> PreTrainedModel:
+def load_4bit(
+    path_or_id: str | Path, dtype: torch.dtype | str = "bfloat16", double_quant: bool = True, **kwargs
+) -> PreTrainedModel:
     """A causal language model with attention and every expert in NF4, its router not; audited before it is returned.
 
     Loads ordinary checkpoints (quantising while they stream in) and those written by `save_4bit`. `dtype` is the dtype of
@@ -206,7 +208,9 @@ class Audit:
     def __str__(self) -> str:
         lines = [f"{'part':<12}{'weights':>14}{'in 4 bit':>10}{'bits/weight':>13}{'MiB':>11}  dtypes"]
         for r in self.table:
-            lines.append(f"{r['part']:<12}{r['weights']:>14,}{r['4-bit']:>10.1%}{r['bits/weight']:>13.3f}{r['MiB']:>11.2f}  {r['dtypes']}")
+            lines.append(
+                f"{r['part']:<12}{r['weights']:>14,}{r['4-bit']:>10.1%}{r['bits/weight']:>13.3f}{r['MiB']:>11.2f}  {r['dtypes']}"
+            )
         return "\n".join([*lines, *(f"PROBLEM: {p}" for p in self.problems)])
 
 
@@ -243,7 +247,9 @@ def audit(model: nn.Module) -> Audit:
         entry.weights += weights
         entry.bytes += param.numel() * param.element_size() + (_state_bytes(param.quant_state) if packed else 0)
         entry.four_bit += weights if packed else 0
-        entry.dtypes.add("nf4" + ("+double quant" if packed and param.quant_state.nested else "") if packed else str(param.dtype)[6:])
+        entry.dtypes.add(
+            "nf4" + ("+double quant" if packed and param.quant_state.nested else "") if packed else str(param.dtype)[6:]
+        )
         if part in ("experts", "attention") and not packed and param.ndim >= 2:
             loose[part] += weights
         if part == "router" and packed:

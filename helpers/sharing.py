@@ -68,7 +68,9 @@ def write_model_card(run_dir: str | Path) -> Path:
     for table in tables:
         parts.append(f"## Measured: {table.label}, reply {table.reply + 1}\n\n" + _markdown(table))
     parts.append("## Training\n\n| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows))
-    parts.append("## What was 4-bit\n\n| part | weights | in 4 bit | bits a weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts))
+    parts.append(
+        "## What was 4-bit\n\n| part | weights | in 4 bit | bits a weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts)
+    )
     where = f"{facts['hardware']['name']}, {facts['seconds'] / 60:.1f} minutes, {facts['tokens_per_second']:,} tokens/s"
     parts.append("## Made with\n\n" + where + "; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".")
     card = result.adapter / "README.md"
@@ -189,5 +191,3 @@ def ollama_modelfile(length: str = "medium") -> str:
         f'### Response: (length = {length})\n"""\n'
         'PARAMETER stop "\\n### Input:"\nPARAMETER stop "\\n### Response:"\n'
     )
-
-

@@ -2,6 +2,7 @@
 
 Both are committed under `data_samples/tiny_base/`; `python -m helpers.tiny` rebuilds them (`--help` shows the knobs).
 The base is trained on generated stories **without** length modifiers: what the course's adapters learn is not in it.
+What it has read, in its second phase, is people who ask each other in plain words to be brief or to tell everything.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ def train_tokenizer(stories: int = 2500, vocab_size: int = 3072):
     bpe.train_from_iterator((format_story(make_story(TOKENIZER_SEED + k)) for k in range(stories)), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -66,27 +72,42 @@ def tiny_config(vocab_size: int, hidden: int = 128, layers: int = 4, intermediat
     )
 
 
-def pretrain(tokenizer, steps: int, tokens_per_step: int = 2048, lr: float = 3e-3, seed: int = 0, log=print, **config):
+def pretrain(
+    tokenizer,
+    steps: int,
+    tokens_per_step: int = 2048,
+    lr: float = 3e-3,
+    seed: int = 0,
+    model=None,
+    first_story: int = BASE_SEED,
+    requests: float = 0.0,
+    pieces: tuple[int, int, int] = (256, 512, 1024),
+    log=print,
+    **config,
+):
     """A base model trained on `steps` × `tokens_per_step` tokens of generated stories; returns (model, history).
 
     Pieces grow from 256 to 1,024 tokens over the run, which is quicker than long ones from the start. The balancing loss
-    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third.
+    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third. A given `model` is
+    trained further; `requests` goes to the story generator.
     """
     import torch
     from transformers import MixtralForCausalLM
 
     torch.manual_seed(seed)
-    model = MixtralForCausalLM(tiny_config(len(tokenizer), output_router_logits=True, router_aux_loss_coef=0.01, **config)).train()
-    model.set_experts_implementation("grouped_mm")
+    if model is None:
+        model = MixtralForCausalLM(tiny_config(len(tokenizer), router_aux_loss_coef=0.01, **config))
+    model.train().set_experts_implementation("grouped_mm")
+    model.config.output_router_logits = True
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     stream, number, history, started = [], 0, [], time.monotonic()
     for step in range(steps):
-        piece = (256, 512, 1024)[0 if step < 0.5 * steps else 1 if step < 0.85 * steps else 2]
+        piece = pieces[0 if step < 0.5 * steps else 1 if step < 0.85 * steps else 2]
         while len(stream) < tokens_per_step:
-            stream += encode(make_story(BASE_SEED + number), tokenizer).input_ids
+            stream += encode(make_story(first_story + number, requests=requests), tokenizer).input_ids
             number += 1
         batch = torch.tensor(stream[:tokens_per_step]).view(-1, min(piece, tokens_per_step))
         stream = stream[tokens_per_step:]
@@ -119,27 +140,53 @@ def validation_loss(model, tokenizer, stories: int = 32) -> float:
     return total / count
 
 
-def build(folder: Path, steps: int = 5000, seed: int = 0) -> dict:
+def second_phase(model, tokenizer, steps: int, seed: int = 0):
+    """Stories in which half of the user's messages end in a plain wish ("Keep it brief."), which the reply follows.
+
+    It gives the base what any large base model brings along: that a text can say how much text is to follow.
+    """
+    return pretrain(
+        tokenizer,
+        steps,
+        lr=1.5e-3,
+        seed=seed,
+        model=model,
+        first_story=BASE_SEED + 500_000,
+        requests=0.5,
+        pieces=(512, 512, 1024),
+    )
+
+
+def build(folder: Path, steps: int = 5000, more_steps: int = 1500, seed: int = 0) -> dict:
     """Tokenizer and base model into `folder`, in bf16, with a provenance file; returns what that file says."""
     import torch
-    import transformers
 
     tokenizer = train_tokenizer()
     model, history = pretrain(tokenizer, steps, seed=seed)
+    model, more = second_phase(model.to(torch.bfloat16).float(), tokenizer, more_steps, seed)
+    command = f"python -m helpers.tiny --steps {steps} --more-steps {more_steps} --seed {seed}"
+    return ship(folder, model, tokenizer, command, (steps + more_steps) * 2048, [history, more])
+
+
+def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: list) -> dict:
+    """Write model (bf16), tokenizer and provenance."""
+    import torch
+    import transformers
+
     model = model.to(torch.bfloat16)  # what is shipped is what is measured
-    facts = {
-        "command": f"python -m helpers.tiny --steps {steps} --seed {seed}",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": steps * 2048,
-        "validation_loss": round(validation_loss(model.float(), tokenizer), 4),
-        "perplexity": None,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "history": history,
-    }
-    facts["perplexity"] = round(math.exp(facts["validation_loss"]), 3)
+    loss = validation_loss(model.float(), tokenizer)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    facts["sha256"] = checksums(folder)
+    facts = {
+        "command": command,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "validation_loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 3),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "history": history,
+        "sha256": checksums(folder),
+    }
     (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
@@ -155,7 +202,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Rebuild the tiny base model of the offline profile.")
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--more-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    facts = build(options.out, options.steps, options.seed)
+    facts = build(options.out, options.steps, options.more_steps, options.seed)
     print({k: v for k, v in facts.items() if k != "history"})

@@ -19,6 +19,7 @@ from helpers.stories import Message, Pair, Story
 MEDIAN_WORDS, SIGMA, MAX_WORDS = 19.0, 0.95, 260  # log-normal budget of a message
 TALK_SHIFT = {"quiet": -0.6, "easy": 0.0, "talkative": 0.5}  # added to the log of the median
 
+# fmt: off
 SHE = "Adela Berit Carmen Delphine Edda Frieda Gudrun Halina Ilse Jovana Katya Linnea Mirela Noemi Odette Paloma Renata Sunniva Tamsin Ursula Verena Wanda Xenia Ysolde Zelda Anneke Bettina Corinna Dagny Elvira".split()
 HE = "Alaric Bertil Cosmo Denis Eskil Florian Goran Henrik Ismael Joachim Karel Laszlo Milan Norbert Orlando Pascal Radek Stellan Tobias Umberto Valentin Wendel Xaver Yannis Zoltan Arvid Benno Ciro Dragan Enzo".split()
 TOWNS = "Aldersund|Birkholm|Carrowmoor|Dellbrook|Eastmarch|Foxhaven|Gullhaven|Hollowell|Ironquay|Juniper Vale|Kingsferry|Larkstead|Millrace|Northam|Oxbow|Pebblecombe|Reedwater|Stonebridge|Tarnside|Westerlow".split("|")
@@ -36,6 +37,7 @@ FOOD = "almond cake|apple pie|bean soup|black tea|cheese rolls|cherry jam|cocoa|
 ANIMALS = "cat|crow|dog|donkey|fox|goat|goose|heron|mule|owl|pony|raven".split("|")
 FEELINGS = "amused|curious|glad|grateful|hopeful|hungry|nervous|proud|puzzled|relieved|sleepy|surprised|tired|worried".split("|")
 TIMES = "after supper|at dawn|at midnight|at noon|before breakfast|before sunset|before the frost|before the storm|by Friday|this evening|today|tomorrow".split("|")
+# fmt: on
 
 SCENES = {
     "adventure": dict(
@@ -83,7 +85,7 @@ ACTIONS = """{S} picks up the {thing} and turns it {adv}.
 {S} writes a note in the margin and underlines it.
 {S} taps the {thing} and waits for an answer.
 {S} buttons {p} coat against the {weather}.""".split("\n")
-REMARKS = '''"This {thing} came from the {spot}," {s} says.
+REMARKS = """"This {thing} came from the {spot}," {s} says.
 "My first {ljob} friend had a {thing} like this," {s} says {adv}.
 "We should {goal} {time}," {s} says.
 "In {town} we would call that a {adj} {thing}," {s} says.
@@ -100,7 +102,7 @@ REMARKS = '''"This {thing} came from the {spot}," {s} says.
 "I would trade my {keep} for some {food}," {s} says.
 "That is the {adj} {thing} from the letter," {s} says.
 "Let us begin at the {spot}," {s} says.
-"It smells of {smell} near the {spot2}," {s} says {adv}.'''.split("\n")
+"It smells of {smell} near the {spot2}," {s} says {adv}.""".split("\n")
 QUESTIONS = '''"Where did you find the {thing}, {L}?"
 "Who left the {thing2} at the {spot}?" {s} asks.
 "Can a {ljob} repair a {thing}?" {s} asks {adv}.
@@ -137,14 +139,14 @@ The {keep} in {p} pocket feels {adj}.
 {S} has never trusted a {adj} {thing2}.
 {S} imagines {L} at home in {ltown}.
 {S} hopes that the {spot} will hold.""".split("\n")
-REACTIONS = '''"The {thing}, yes," {s} says.
+REACTIONS = """"The {thing}, yes," {s} says.
 {S} looks at the {thing} again.
 "Then the {thing} stays with us," {s} says {adv}.
 "I wondered about the {thing} too," {s} says.
 {S} turns to {L} at the word {thing}.
 "Careful with that {thing}," {s} says.
 "So it is about the {thing}," {s} says.
-{S} smiles {adv} and takes the {thing}.'''.split("\n")
+{S} smiles {adv} and takes the {thing}.""".split("\n")
 BRIEF = """"Yes."
 "No."
 "Really?"
@@ -187,6 +189,17 @@ TALK = {
     "easy": ("{N} is good company.", "{N} likes a chat.", "{N} is easy to talk to."),
     "talkative": ("{N} loves to tell stories.", "{N} explains everything in detail.", "{N} can talk for hours."),
 }
+
+# What people say when they want a reply of some length, and how many words they then get. Only the base model's second phase
+# reads these: a real base model has seen people ask each other to be brief, and so should this one.
+REQUESTS = (
+    (1, 3, ('"Yes or no, {L}?"', '"One word, please."', '"Just answer me."')),
+    (4, 9, ('"Be quick, {L}."', '"In few words, please."', '"Keep it brief."')),
+    (10, 20, ('"One sentence, {L}."', '"Answer in a sentence or two."', '"Put it simply."')),
+    (21, 45, ('"Explain it to me, {L}."', '"Tell me a little more."', '"And then?"')),
+    (46, 95, ('"Tell me properly, {L}."', '"I have time, go on."', '"Describe it to me."')),
+    (96, 250, ('"Tell me everything, {L}."', '"The whole story, please."', '"Leave nothing out."')),
+)
 
 
 @dataclass
@@ -239,9 +252,11 @@ class Writer:
 
     def persona(self, who: int) -> str:
         p, rng = self.people[who], self.rng
-        first = rng.choice(("{n}, {a}, is a {j} from {t}.", "{n} is a {j} of {a} from {t}.", "A {j} by trade, {n} is {a} and lives in {t}."))
+        first = rng.choice(
+            ("{n}, {a}, is a {j} from {t}.", "{n} is a {j} of {a} from {t}.", "A {j} by trade, {n} is {a} and lives in {t}.")
+        )
         first = first.format(n=p.name, a=rng.randint(22, 79), j=p.job, t=p.town)
-        second = "{S} is {x} and {y}, likes {h} and carries a {k}.".format(S=p.she.capitalize(), x=p.traits[0], y=p.traits[1], h=p.hobby, k=p.keepsake)
+        second = f"{p.she.capitalize()} is {p.traits[0]} and {p.traits[1]}, likes {p.hobby} and carries a {p.keepsake}."
         return _capitalise(f"{first} {second} {rng.choice(TALK[p.talk]).format(N=p.name)}")
 
     def fill(self, template: str, who: int, pronoun: bool = False) -> str:
@@ -305,18 +320,20 @@ class Writer:
 
 
 def labelled_story(
-    seed: int, balanced: float = 0.0, omit: float = 0.2, max_words: int = 420, max_turns: int = 16
+    seed: int, balanced: float = 0.0, omit: float = 0.2, max_words: int = 420, max_turns: int = 16, requests: float = 0.0
 ) -> tuple[Story, list[str | None]]:
     """A story and one modifier per character reply.
 
     `balanced` is the share of labelled replies whose word budget is drawn evenly over the ten classes instead of from the
     natural distribution, which has few replies of the outer classes. Replies without modifier keep their natural length.
+    `requests` is the share of user messages that end in a plain-language wish (REQUESTS), which the reply then follows.
     """
     w = Writer(seed)
     names, personas, scenario = w.setting()
     messages: list[Message] = []
     lengths: list[str | None] = []
     words, previous = 0, math.log(MEDIAN_WORDS)
+    wish: tuple[int, int] | None = None
     for turn in range(max_turns):
         who = 1 - turn % 2  # the user begins
         budget = w.budget(who, previous)
@@ -325,9 +342,14 @@ def labelled_story(
             if labelled and w.rng.random() < balanced:
                 low, high = w.rng.choice(list(zip((1, *BOUNDS), (*BOUNDS, MAX_WORDS), strict=True)))
                 budget = round(math.exp(w.rng.uniform(math.log(low), math.log(high - 0.5))))
+            if wish:
+                budget, wish = round(math.exp(w.rng.uniform(math.log(wish[0]), math.log(wish[1])))), None
         if turn >= 2 and who == 1 and words + budget > max_words:
             break
         text = w.message(who, budget)
+        if who == 1 and requests and w.rng.random() < requests:
+            low, high, sentences = w.rng.choice(REQUESTS)
+            text, wish = f"{text} {w.fill(w.rng.choice(sentences), who)}", (low, high)
         previous, words = math.log(count_words(text)), words + count_words(text)
         messages.append(Message("user" if who else "character", text))
         if who == 0:

@@ -72,7 +72,7 @@ def encode_segments(pieces: Sequence[Segment], tokenizer, loss: str = "replies",
         more, more_labels = _chunk(tokenizer, chunk, loss)
         ids, labels = ids + more, labels + more_labels
     if eos == "sample":
-        ids, labels = ids + [end], labels + [end]
+        ids, labels = [*ids, end], [*labels, end]
     return Encoded(ids, labels)
 
 

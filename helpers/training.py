@@ -175,7 +175,9 @@ def print_progress(rows: list[dict[str, Any]]) -> None:
     """One line a log row, with the share done and the time left."""
     r = rows[-1]
     steps_done = r["step"] - (rows[-2]["step"] if len(rows) > 1 else 0)
-    per_step = (r["seconds"] - (rows[-2]["seconds"] if len(rows) > 1 and rows[-2]["seconds"] < r["seconds"] else 0)) / max(1, steps_done)
+    per_step = (r["seconds"] - (rows[-2]["seconds"] if len(rows) > 1 and rows[-2]["seconds"] < r["seconds"] else 0)) / max(
+        1, steps_done
+    )
     left = (r["of"] - r["step"]) * per_step
     print(
         f"step {r['step']:>5}/{r['of']}  loss {r['loss']:.3f}  z {r.get('router/z', 0):.2f}  "
@@ -273,10 +275,10 @@ def prepare_model(profile: Profile):
     return model
 
 
-def settings(profile: Profile, corpus: Corpus) -> dict[str, Any]:
-    """What must be unchanged for a run to be continued."""
+def settings(profile: Profile, corpus: Corpus | None = None) -> dict[str, Any]:
+    """What must be unchanged for a run to be continued; without a corpus, only the profile."""
     kept = {k: v for k, v in dataclasses.asdict(profile).items() if k not in ("reasons", "memory_gib", "save_steps")}
-    return {"profile": kept, "data": corpus.digest}
+    return {"profile": kept, "data": corpus.digest if corpus else None}
 
 
 def _check_settings(run_dir: Path, wanted: dict[str, Any]) -> None:
@@ -287,10 +289,12 @@ def _check_settings(run_dir: Path, wanted: dict[str, Any]) -> None:
     changed = [
         f"{k}: {found['profile'].get(k)!r} then, {v!r} now" for k, v in wanted["profile"].items() if found["profile"].get(k) != v
     ]
-    if found["data"] != wanted["data"]:
+    if wanted["data"] and found["data"] != wanted["data"]:
         changed.append("the stories, their labels or the tokenizer")
     if changed:
-        raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(changed)}): use another output folder, or delete it")
+        raise ValueError(
+            f"{run_dir} holds a run with other settings ({'; '.join(changed)}): use another output folder, or delete it"
+        )
 
 
 def train(
@@ -309,6 +313,9 @@ def train(
     """
     run_dir = Path(output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if stories is None and resume and (run_dir / "result.json").exists():
+        _check_settings(run_dir, settings(profile))
+        return load_result(run_dir)
     tokenizer = AutoTokenizer.from_pretrained(profile.base_path)
     labelled = stories if stories and isinstance(stories[0], tuple) else labelled_stories(profile, stories)
     corpus = build_corpus(labelled, tokenizer, profile.context)
@@ -320,6 +327,8 @@ def train(
         return load_result(run_dir)
     write_json(run_dir / "run.json", {**wanted, "corpus": str(corpus), "versions": versions()})
 
+    args = arguments(profile, run_dir, log_every)
+    args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
     model = prepare_model(profile)
     report = audit(model).check()
     handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
@@ -327,7 +336,7 @@ def train(
     interruptible = Interruptible()
     trainer = CourseTrainer(
         model=model,
-        args=arguments(profile, run_dir, log_every),
+        args=args,
         train_dataset=corpus.rows,
         data_collator=Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id),
         callbacks=[log, interruptible, *([StopAfter(stop_after)] if stop_after else [])],

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from helpers import experts
 
-E, H, I, R = 4, 64, 128, 3
+E, H, I, R = 4, 64, 128, 3  # noqa: E741
 
 
 def make(seed: int = 0, scale: float = 0.2) -> tuple[MixtralExperts, MixtralExperts]:

@@ -32,7 +32,9 @@ def dequantised_twin(model, folder):
         for name, param in twin.named_parameters():
             packed = model.get_parameter(name)
             if isinstance(packed, Params4bit):
-                values = experts.dequantize_stack(packed) if param.ndim == 3 else bnbf.dequantize_4bit(packed.data, packed.quant_state)
+                values = (
+                    experts.dequantize_stack(packed) if param.ndim == 3 else bnbf.dequantize_4bit(packed.data, packed.quant_state)
+                )
                 param.copy_(values)
     return twin
 

@@ -35,7 +35,9 @@ def test_codes_are_those_that_bitsandbytes_gives_the_checkpoint(random_mixtral):
     model = load_4bit(random_mixtral, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32)
     for (packed, name), (module, _) in zip(stacks(model), stacks(plain), strict=True):
-        codes, state = bnbf.quantize_4bit(getattr(module, name).data.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
+        codes, state = bnbf.quantize_4bit(
+            getattr(module, name).data.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True
+        )
         assert torch.equal(codes, getattr(packed, name).data)
         assert torch.equal(state.absmax, getattr(packed, name).quant_state.absmax)
 
@@ -99,7 +101,9 @@ def test_a_layout_that_cannot_be_served_is_refused_with_the_reason(tmp_path):
 def test_a_dense_model_is_refused(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    config = MistralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     MistralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="no experts found"):
         load_4bit(tmp_path, dtype="float32")

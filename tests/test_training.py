@@ -18,7 +18,15 @@ from helpers.tiny_stories import labelled_story
 from helpers.tokens import IGNORED, Collator
 
 TINY = dataclasses.replace(
-    PROFILES["tiny"], stories="generated:40", context=512, micro_batch=2, max_steps=6, save_steps=3, lora_r=4, lora_alpha=8, learning_rate=2e-3
+    PROFILES["tiny"],
+    stories="generated:40",
+    context=512,
+    micro_batch=2,
+    max_steps=6,
+    save_steps=3,
+    lora_r=4,
+    lora_alpha=8,
+    learning_rate=2e-3,
 )
 DATA = [labelled_story(k, balanced=0.6, max_words=150) for k in range(30)]
 
@@ -138,7 +146,10 @@ def test_loss_on_trained_tokens_equals_the_models_own_loss(tokenizer, tmp_path):
     rows = build_corpus(DATA[:6], tokenizer, profile.context).rows[:2]
     batch = Collator(0)(rows)
     trainer = training.CourseTrainer(
-        model=model, args=training.arguments(profile, tmp_path), train_dataset=rows, router_losses=attach_router_losses(model, 0.0, 0.0)
+        model=model,
+        args=training.arguments(profile, tmp_path),
+        train_dataset=rows,
+        router_losses=attach_router_losses(model, 0.0, 0.0),
     )
     model.train()
     ours = trainer.compute_loss(model, dict(batch))
@@ -159,7 +170,9 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch
 
 def test_one_story_is_learned_by_heart(tokenizer, tmp_path):
     """The whole chain can drive the loss of a single conversation towards zero."""
-    profile = dataclasses.replace(TINY, max_steps=60, learning_rate=1e-2, lora_r=16, lora_alpha=32, micro_batch=1, save_steps=1000)
+    profile = dataclasses.replace(
+        TINY, max_steps=60, learning_rate=1e-2, lora_r=16, lora_alpha=32, micro_batch=1, save_steps=1000
+    )
     result = training.train(profile, [labelled_story(5, max_words=60)], tmp_path, progress=None, log_every=10)
     assert result.history[-1]["loss"] < 0.15 * result.history[0]["loss"]
 

@@ -1,0 +1,212 @@
+"""Figures of a training run and its evaluation: they read log rows, audit tables and length tables."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from helpers.lengths import LENGTHS, word_range
+from helpers.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, finish, new_figure
+
+if TYPE_CHECKING:
+    from helpers.evaluation import LengthTable
+
+Rows = Sequence[dict[str, Any]]
+
+# --------------------------------------------------------------------------------------------- 4 bit (notebook 04)
+
+
+def plot_nf4(levels: Sequence[float], normal: Sequence[float], counts: Sequence[int]) -> Figure:
+    """The 16 NF4 levels with the density they were made for, and how often each code occurs in real weights."""
+    import math
+
+    figure, (left, right) = new_figure(10, 3.0, columns=2)
+    xs = [i / 100 for i in range(-100, 101)]
+    left.plot(xs, [math.exp(-0.5 * (2.7 * x) ** 2) for x in xs], color=SKY, label="normal density (scaled)")
+    left.vlines(levels, 0, 1, color=BLUE, lw=1.2)
+    left.plot(levels, [1.0] * len(levels), "o", color=BLUE, ms=4, label="NF4 levels")
+    left.set(xlabel="weight / largest |weight| of its block of 64", ylabel="density", title="16 levels, dense where weights are")
+    left.legend(loc="upper left", fontsize=8)
+    total = sum(counts)
+    right.bar(range(16), [c / total for c in counts], color=BLUE, label="expert weights")
+    right.plot(range(16), normal, "D", color=ORANGE, ms=4, label="normal numbers")
+    right.set(xlabel="code", ylabel="share of weights", title="How often each code is used", xticks=range(0, 16, 3))
+    right.legend(fontsize=8)
+    return finish(figure, "NF4 levels are dense around 0; real expert weights use the 16 codes as normal numbers do.")
+
+
+def plot_audit(tables: dict[str, Rows]) -> Figure:
+    """Bytes by part, one bar a loading method. tables: name → `Audit.table`."""
+    figure, axes = new_figure(9, 0.9 + 0.7 * len(tables))
+    colours = {
+        "experts": BLUE,
+        "attention": ORANGE,
+        "router": GREEN,
+        "embeddings": SKY,
+        "head": PURPLE,
+        "norms": YELLOW,
+        "adapters": RED,
+    }
+    labelled = set()
+    for y, (_name, table) in enumerate(tables.items()):
+        left = 0.0
+        for row in table:
+            if row["part"] == "all":
+                continue
+            part = row["part"]
+            hatch = "//" if row["4-bit"] > 0.99 else ""
+            axes.barh(
+                y, row["MiB"], left=left, color=colours.get(part, BLACK), hatch=hatch, edgecolor="white",
+                label=part if part not in labelled else None,
+            )  # fmt: skip
+            labelled.add(part)
+            left += row["MiB"]
+        axes.text(left, y, f" {left:.2f} MiB", va="center", fontsize=9)
+    axes.set(yticks=range(len(tables)), yticklabels=list(tables), xlabel="MiB of weights (hatched: in 4 bit)")
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.margins(x=0.12)
+    axes.legend(fontsize=8, ncols=3, loc="lower right")
+    return finish(figure, "Bytes of weights by part for " + ", ".join(tables))
+
+
+# -------------------------------------------------------------------------------------------- training (notebook 04)
+
+
+def plot_training(rows: Rows, title: str = "") -> Figure:
+    """Loss, gradient norm with learning rate, router losses, and the last expert loads, by step."""
+    steps = [r["step"] for r in rows]
+    figure, grid = new_figure(11, 5.2, rows=2, columns=2)
+    loss, rate, router, load = grid.flat
+    loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3)
+    loss.set(ylabel="nats a token", title=f"loss on the character's replies {title}")
+    rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
+    twin = rate.twinx()
+    twin.plot(steps, [r["learning_rate"] for r in rows], color=GREEN, ls="--", label="learning rate (right)")
+    twin.grid(False)
+    rate.set(ylabel="gradient norm", title="gradient norm and learning rate", ylim=(0, None))
+    lines = rate.get_lines() + twin.get_lines()
+    rate.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
+    router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
+    router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
+    router.set(xlabel="step", title="routers", ylim=(0, None))
+    router.legend(fontsize=8)
+    image = load.imshow(rows[-1]["load"], cmap="cividis", aspect="auto", vmin=0)
+    load.set(xlabel="expert", ylabel="layer", title=f"share of tokens by expert, step {steps[-1]}")
+    load.grid(False)
+    figure.colorbar(image, ax=load)
+    return finish(figure, f"Training run to step {steps[-1]}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}")
+
+
+class LiveTraining:
+    """A progress function for `training.train`: redraws one figure in place, at most every `seconds`."""
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.last, self.handle = seconds, 0.0, None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> None:
+        from IPython.display import display
+
+        over = rows[-1]["step"] >= rows[-1]["of"]
+        if len(rows) < 2 or (time.monotonic() - self.last < self.seconds and not over):
+            return
+        self.last = time.monotonic()
+        title = f"({rows[-1]['step']}/{rows[-1]['of']})"
+        if self.handle is None:
+            self.handle = display(plot_training(rows, title), display_id=True)
+        else:
+            self.handle.update(plot_training(rows, title))
+
+
+def plot_adapter_norms(norms: dict[str, float]) -> Figure:
+    """Norm of each lora_B (zero at the start) by layer and part: what has learned."""
+    cells: dict[str, dict[int, float]] = defaultdict(dict)
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate": "router"}
+    for name, norm in norms.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if ".lora_B" not in name or not layer:
+            continue
+        if "experts" in name:  # the outer wrapper of the nested pair adapts gate_up_proj, by alphabetical nesting
+            part = "experts, inner" if "base_layer" in name else "experts, outer"
+        else:
+            part = next((v for k, v in names.items() if f".{k}." in name), "other")
+        cells[part][int(layer[1])] = norm
+    layers = sorted({n for row in cells.values() for n in row})
+    table = [[cells[p].get(n, 0.0) for n in layers] for p in cells]
+    figure, axes = new_figure(6.5, 0.9 + 0.4 * len(cells))
+    image = axes.imshow(table, cmap="cividis", aspect="auto", vmin=0)
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            axes.text(
+                x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 0.6 * image.get_clim()[1] else BLACK
+            )
+    axes.set(xlabel="layer", xticks=range(len(layers)), yticks=range(len(cells)), yticklabels=list(cells), title="norm of lora_B")
+    axes.grid(False)
+    figure.colorbar(image, ax=axes)
+    return finish(figure, "Norm of lora_B by part and layer; every part has moved away from zero.")
+
+
+# ------------------------------------------------------------------------------------------ evaluation (notebook 05)
+
+
+def plot_length_table(tables: Sequence[LengthTable]) -> Figure:
+    """Words of single replies by asked length, one colour and marker a table; grey boxes are the classes' own ranges."""
+    figure, axes = new_figure(11, 4.4)
+    conditions = [*LENGTHS, None]
+    for x, name in enumerate(LENGTHS):
+        low, high = word_range(name)
+        axes.fill_between([x - 0.45, x + 0.45], low - 0.5, (high or 300) + 0.5, color="#dddddd", zorder=0, lw=0)
+    looks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
+    width = 0.7 / len(tables)
+    for k, (table, (colour, marker)) in enumerate(zip(tables, looks, strict=False)):
+        shift = (k - (len(tables) - 1) / 2) * width
+        for x, condition in enumerate(conditions):
+            words = table.words(condition)
+            spread = [x + shift + width * 0.5 * ((i * 0.618) % 1 - 0.5) for i in range(len(words))]
+            axes.plot(spread, [max(w, 0.7) for w in words], marker, color=colour, ms=2.5, alpha=0.35, mew=0)
+        rows = [r for c in conditions for r in table.rows if r["length"] == (c or "(none)")]
+        medians = [max(r["median"], 0.7) for r in rows]
+        axes.plot(
+            [x + shift for x in range(len(rows))],
+            medians,
+            marker,
+            color=colour,
+            mec="white",
+            ms=8,
+            label=f"{table.label}: median",
+        )
+    natural = sorted(tables[0].natural)
+    axes.axhline(natural[len(natural) // 2], color=BLACK, ls=":", lw=1, label="median of the conversations' own replies")
+    axes.set(yscale="log", ylabel="words in the reply", xticks=range(len(conditions)), ylim=(0.6, 400))
+    axes.set_xticklabels([c or "(none)" for c in conditions], rotation=20)
+    axes.set_yticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+    axes.legend(fontsize=8, loc="upper left")
+    text = "; ".join(f"{t.label}: Spearman {t.statistics['spearman']:+.2f}" for t in tables)
+    return finish(figure, f"Words of replies by asked length. {text}")
+
+
+def plot_class_matrix(table: LengthTable) -> Figure:
+    """Share of replies of each asked class (rows) that fell into each class (columns)."""
+    from helpers.lengths import length_class
+
+    shares = []
+    for asked in LENGTHS:
+        got = [length_class("x " * w) for w in table.words(asked)]
+        shares.append([got.count(c) / len(got) for c in LENGTHS])
+    figure, axes = new_figure(7.2, 4.2)
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for y, row in enumerate(shares):
+        for x, value in enumerate(row):
+            if value >= 0.05:
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else BLACK)
+    axes.set(xlabel="class of the reply", ylabel="class asked for", xticks=range(10), yticks=range(10), yticklabels=LENGTHS)
+    axes.set_xticklabels(LENGTHS, rotation=45, ha="right")
+    axes.grid(False)
+    figure.colorbar(image, ax=axes, label="share of replies")
+    return finish(figure, f"Asked and obtained class, {table.label}: {table.statistics['in_class']:.0%} on the diagonal")

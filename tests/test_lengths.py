@@ -1,0 +1,89 @@
+"""The ten length classes: names in the card's order, bounds, and the share of replies without a modifier."""
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.lengths import BOUNDS, LENGTHS, count_words, label_replies, length_class, rank, word_range
+from helpers.stories import Message, Pair, Story
+
+NAMES = ["micro", "tiny", "short", "medium", "long", "massive", "huge", "enormous", "humongous", "unlimited"]
+FIRST_WORDS = [1, 5, 9, 14, 21, 31, 46, 68, 100, 150]  # of each class
+
+
+def story(*word_counts: int) -> Story:
+    messages = []
+    for n in word_counts:
+        messages += [Message("user", "Well?"), Message("character", " ".join(["word"] * n))]
+    return Story(Pair("Ana", "Bo"), Pair("x", "y"), "z", tuple(messages))
+
+
+def test_names_and_bounds():
+    assert list(LENGTHS) == NAMES
+    assert [1, *BOUNDS] == FIRST_WORDS
+    assert [rank(name) for name in NAMES] == list(range(10))
+
+
+@pytest.mark.parametrize(("name", "first", "following"), zip(NAMES, FIRST_WORDS, [*FIRST_WORDS[1:], None], strict=True))
+def test_every_class_is_reached_from_its_first_to_its_last_word(name, first, following):
+    last = following - 1 if following else None
+    assert word_range(name) == (first, last)
+    assert length_class("word " * first) == name
+    assert length_class("word " * (last or 100_000)) == name
+    assert length_class("word " * (first - 1)) == (NAMES[NAMES.index(name) - 1] if first > 1 else "micro")
+
+
+def test_each_class_is_about_one_and_a_half_times_the_one_before():
+    steps = [b / a for a, b in itertools.pairwise(BOUNDS)]
+    assert all(1.4 <= step <= 1.8 for step in steps)
+    assert math.prod(steps) ** (1 / len(steps)) == pytest.approx(1.5, abs=0.05)
+
+
+@settings(deadline=None, database=None, derandomize=True)
+@given(
+    st.lists(st.text(st.characters(categories=("L", "N", "P")), min_size=1), max_size=200), st.sampled_from([" ", "\n\n", " \t "])
+)
+def test_word_range_agrees_with_length_class(words, space):
+    text = space.join(words)
+    assert count_words(text) == len(words)
+    low, high = word_range(length_class(text))
+    assert low <= max(1, len(words)) <= (high or math.inf)
+
+
+@settings(deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(2, 400), min_size=9, max_size=9, unique=True).map(sorted), st.integers(1, 500))
+def test_other_bounds(bounds, n):
+    low, high = word_range(length_class("word " * n, bounds), bounds)
+    assert low <= n <= (high or math.inf)
+
+
+@pytest.mark.parametrize("word", ["Micro", "", "average", "medium "])
+def test_unknown_names_are_refused_with_the_ten(word):
+    for function in (rank, word_range):
+        with pytest.raises(ValueError, match=", ".join(NAMES)):
+            function(word)
+
+
+def test_labels_are_the_replies_own_classes():
+    assert label_replies(story(3, 15, 200), omit=0.0) == ["micro", "medium", "unlimited"]
+    assert label_replies(story(3, 15, 200), omit=1.0) == [None] * 3
+    assert label_replies(Story(Pair("Ana", "Bo"), Pair("x", "y"), "z", (Message("user", "Hm."),))) == []
+
+
+@pytest.mark.parametrize("omit", [0.1, 0.2, 0.5])
+def test_omission_rate(omit):
+    labels = label_replies(story(*[7] * 4000), omit, random.Random(3))
+    assert set(labels) == {"tiny", None}
+    deviation = math.sqrt(omit * (1 - omit) / len(labels))
+    assert labels.count(None) / len(labels) == pytest.approx(omit, abs=4 * deviation)
+
+
+def test_labels_follow_from_the_generator():
+    text = story(*range(1, 300))
+    assert label_replies(text) == label_replies(text)
+    assert label_replies(text, rng=random.Random(1)) == label_replies(text, rng=random.Random(1))
+    assert label_replies(text, rng=random.Random(1)) != label_replies(text, rng=random.Random(2))

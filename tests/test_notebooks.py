@@ -1,0 +1,75 @@
+"""Static gates over the committed notebooks. Each guards against something that has gone wrong in a published course."""
+
+from __future__ import annotations
+
+import ast
+
+import nbformat
+import pytest
+
+from helpers.course import NOTEBOOKS
+from helpers.profiles import ROOT
+
+PATHS = {name: ROOT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS}
+
+
+@pytest.fixture(params=NOTEBOOKS)
+def notebook(request):
+    return nbformat.read(PATHS[request.param], as_version=4)
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_there_is_no_other_notebook():
+    assert sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb")) == sorted(NOTEBOOKS)
+
+
+def test_it_is_valid_and_runs_on_any_machine(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3", "a kernel's private name does not exist elsewhere"
+    assert notebook.metadata.accelerator == "GPU" and "colab" in notebook.metadata
+    assert "widgets" not in notebook.metadata, "GitHub refuses to show widget state without its data"
+
+
+def test_it_was_run_top_to_bottom_and_its_outputs_are_committed(notebook):
+    cells = [c for c in code_cells(notebook) if c.source.strip()]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run it again from a fresh kernel"
+    outputs = [o for c in cells for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "no figure is committed"
+
+
+def test_cells_are_small_and_parse(notebook):
+    for cell in code_cells(notebook):
+        ast.parse(cell.source)
+        assert len(cell.source.splitlines()) <= 22, cell.source[:80]
+
+
+def test_no_dead_code_is_shown(notebook):
+    for cell in code_cells(notebook):
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not (isinstance(node, ast.If) and isinstance(node.test, ast.Constant)), "if False: hides code that never ran"
+
+
+def test_set_up_comes_first_and_is_the_same_everywhere(notebook):
+    first = nbformat.read(PATHS[NOTEBOOKS[0]], as_version=4)
+    assert code_cells(notebook)[0].source == code_cells(first)[0].source
+    assert "prepare_notebook" in code_cells(notebook)[0].source
+    assert notebook.cells[0].cell_type == "markdown" and "colab.research.google.com" in notebook.cells[0].source
+
+
+def test_outputs_hold_nothing_of_the_machine_they_were_made_on(notebook):
+    text = nbformat.writes(notebook)
+    assert str(ROOT) not in text and "/home/" not in text and "site-packages" not in text
+    assert "widget-view" not in text
+
+
+def test_it_ends_with_what_was_seen_and_is_not_too_large(notebook):
+    headings = [
+        line for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")
+    ]
+    assert any("What we saw" in h for h in headings)
+    assert any("assert " in c.source for c in code_cells(notebook)), "a claim that nothing checks"
+    assert len(nbformat.writes(notebook)) < 1_500_000

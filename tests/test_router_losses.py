@@ -1,0 +1,442 @@
+"""Router losses against references that are not ours: float64 closed forms, transformers, and autograd on recorded logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+
+from helpers.quantization import router_modules
+from helpers.router_losses import attach_router_losses, load_balancing_loss, router_z_loss
+from helpers.tiny import tiny_config
+
+TOP_K = 2
+Z, B = 0.1, 0.05  # coefficients large enough to be seen beside the token loss
+
+
+# --------------------------------------------------------------------------------------------------- the two formulas
+
+
+def logits(seed: int, tokens: int, experts: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def z_by_hand(x: torch.Tensor) -> float:
+    """(1/T) Σ_t (log Σ_e exp x_te)², in Python floats."""
+    return sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in x.double().tolist()) / len(x)
+
+
+def balance_by_hand(x: torch.Tensor, k: int) -> float:
+    """E/k · Σ_e f_e P_e, with f_e the tokens that chose e, per token, in Python floats."""
+    rows, experts = x.double().tolist(), x.shape[1]
+    f, p = [0.0] * experts, [0.0] * experts
+    for row in rows:
+        for e in sorted(range(experts), key=lambda e: -row[e])[:k]:
+            f[e] += 1 / len(rows)
+        total = sum(math.exp(v) for v in row)
+        for e, v in enumerate(row):
+            p[e] += math.exp(v) / total / len(rows)
+    return experts / k * sum(a * b for a, b in zip(f, p, strict=True))
+
+
+shapes = st.tuples(st.integers(0, 999), st.integers(1, 12), st.integers(2, 16), st.floats(0.1, 20))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 3))
+def test_values_are_the_closed_forms(shape, layers):
+    seed, tokens, experts, scale = shape
+    x = [logits(seed + i, tokens, experts, scale) for i in range(layers)]
+    k = min(TOP_K, experts)
+    assert router_z_loss(x).item() == pytest.approx(sum(map(z_by_hand, x)) / layers, rel=2e-5, abs=1e-6)
+    assert load_balancing_loss(x, k).item() == pytest.approx(sum(balance_by_hand(v, k) for v in x) / layers, rel=2e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes)
+def test_z_loss_is_that_of_transformers_switch(shape):
+    x = logits(*shape)
+    torch.testing.assert_close(router_z_loss(x), router_z_loss_func(x.unsqueeze(0)))
+
+
+def test_balancing_loss_is_that_of_transformers_over_top_k_for_one_layer():
+    x = logits(0, 64, 8)
+    mask = (torch.arange(64) < 50).long()
+    for m in (None, mask):
+        theirs = load_balancing_loss_func((x,), 8, TOP_K, m)
+        torch.testing.assert_close(load_balancing_loss(x, TOP_K, m) * TOP_K, theirs)
+
+
+def test_imbalances_of_layers_do_not_cancel():
+    """transformers pools the layers: one that uses experts 0-3 only and one that uses 4-7 only look balanced together."""
+    half = torch.cat([torch.zeros(8, 4), torch.full((8, 4), -30.0)], 1)
+    half[torch.arange(8), torch.arange(8) % 4] += 1e-3  # ties broken evenly
+    half[torch.arange(8), (torch.arange(8) + 1) % 4] += 5e-4
+    x = (half, half.flip(1))
+    assert load_balancing_loss_func(x, 8, TOP_K).item() == pytest.approx(TOP_K, rel=1e-3)  # "balanced"
+    assert load_balancing_loss(x, TOP_K).item() == pytest.approx(2.0, rel=1e-3)  # half of the experts idle in each layer
+
+
+def test_balance_is_one_and_collapse_is_experts_over_k():
+    even = torch.zeros(8, 8)
+    for t in range(8):  # each expert is chosen by k tokens, and the mean softmax is flat
+        even[t, t], even[t, (t + 1) % 8] = 5.0, 4.0
+    assert load_balancing_loss(even, TOP_K).item() == pytest.approx(1.0, rel=1e-5)
+    collapsed = torch.zeros(8, 8)
+    collapsed[:, :TOP_K] = 50.0
+    assert load_balancing_loss(collapsed, TOP_K).item() == pytest.approx(8 / TOP_K, rel=1e-5)
+    assert router_z_loss(torch.zeros(5, 8)).item() == pytest.approx(math.log(8) ** 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes)
+def test_z_gradient_is_the_closed_form(shape):
+    x = logits(*shape).requires_grad_()
+    (grad,) = torch.autograd.grad(router_z_loss(x), x)
+    wide = x.detach().double()
+    expected = 2 * torch.logsumexp(wide, -1, keepdim=True) * wide.softmax(-1) / len(x)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_balancing_gradient_is_the_finite_difference():
+    x = logits(3, 6, 4, 1.0)
+    (grad,) = torch.autograd.grad(load_balancing_loss(x.requires_grad_(), TOP_K), x)
+    for t, e in ((0, 0), (2, 3), (5, 1)):
+        steps = []
+        for sign in (1, -1):
+            moved = x.detach().double().clone()
+            moved[t, e] += sign * 1e-5
+            steps.append(balance_by_hand(moved, TOP_K))
+        assert grad[t, e].item() == pytest.approx((steps[0] - steps[1]) / 2e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits_stay_finite(size):
+    x = (logits(1, 7, 8) + size).requires_grad_()
+    z = router_z_loss(x)
+    assert z.item() == pytest.approx(size**2, rel=1e-2)
+    loss = z + load_balancing_loss(x, TOP_K)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_logits_in_bf16_are_computed_in_fp32():
+    x = logits(2, 9, 8).bfloat16()
+    assert router_z_loss(x).dtype == torch.float32
+    assert router_z_loss(x).item() == pytest.approx(z_by_hand(x.float()), rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
+def test_padding_counts_as_if_it_were_not_there(seed, kept):
+    mask = torch.tensor(kept)
+    x = logits(seed, len(kept), 8)
+    results = []
+    for values, m in ((x.clone(), mask.long()), (x[mask].clone(), None)):
+        values.requires_grad_()
+        loss = router_z_loss(values, m) + load_balancing_loss(values, TOP_K, m)
+        (grad,) = torch.autograd.grad(loss, values)
+        results.append((loss, grad))
+    (padded, padded_grad), (plain, plain_grad) = results
+    torch.testing.assert_close(padded, plain)
+    torch.testing.assert_close(padded_grad[mask], plain_grad)
+    assert not padded_grad[~mask].any()
+
+
+def test_a_batch_of_padding_alone_is_zero_and_not_nan():
+    x = logits(0, 4, 8).requires_grad_()
+    loss = router_z_loss(x, torch.zeros(2, 2)) + load_balancing_loss(x, TOP_K, torch.zeros(2, 2))
+    loss.backward()
+    assert loss.item() == 0.0 and not x.grad.any()
+
+
+def test_reductions_and_refusals():
+    x = [logits(i, 5, 8) for i in range(3)]
+    torch.testing.assert_close(router_z_loss(x, reduction="sum"), 3 * router_z_loss(x))
+    torch.testing.assert_close(load_balancing_loss(x, TOP_K, reduction="sum"), 3 * load_balancing_loss(x, TOP_K))
+    with pytest.raises(ValueError, match="output_router_logits"):
+        router_z_loss([])
+    with pytest.raises(ValueError, match="4 tokens"):
+        router_z_loss(x[0], torch.ones(4))
+
+
+# ----------------------------------------------------------------------------------------------- attached to a model
+
+IDS = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[0, 8:] = 0
+MASK[2, 3:] = 0
+LABELS = IDS.masked_fill(MASK == 0, -100)
+BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+
+
+def small(kind: str = "mixtral", **kwargs) -> nn.Module:
+    """A random model with two layers of 8 experts, fp32, in train mode; its router logits made large enough to matter."""
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        config = tiny_config(128, hidden=64, layers=2, intermediate=64, tie_word_embeddings=False, **kwargs)
+        model = MixtralForCausalLM(config)
+    else:
+        made = {"qwen3": Qwen3MoeConfig, "olmoe": OlmoeConfig}[kind]
+        shared = dict(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        moe = dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=TOP_K, pad_token_id=0, eos_token_id=2)
+        extra = dict(moe_intermediate_size=64, head_dim=32) if kind == "qwen3" else {}
+        model = AutoModelForCausalLM.from_config(made(**shared, **moe, **extra))
+    with torch.no_grad():
+        for router in router_modules(model):
+            router.weight.mul_(20)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> nn.Module:
+    return small()
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def reference(model: nn.Module, mask: torch.Tensor | None = MASK, reduction: str = "mean", z=Z, b=B, **batch):
+    """(gradients, z, balance) of token loss + losses of the recorded logits: plain autograd, nothing attached."""
+    out = model(**{**BATCH, **batch}, output_router_logits=True, use_cache=False)
+    ce = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), LABELS[:, 1:].flatten(), ignore_index=-100)
+    zs, bs = [], []
+    keep = slice(None) if mask is None else mask.reshape(-1).bool()
+    for x in out.router_logits:
+        x = x[keep].float()
+        zs.append(torch.logsumexp(x, -1).square().mean())
+        bs.append(load_balancing_loss_func((x,), x.shape[1], TOP_K) / TOP_K)
+    layers = 1 if reduction == "sum" else len(zs)
+    return gradients(model, ce + (z * sum(zs) + b * sum(bs)) / layers), sum(zs).item() / len(zs), sum(bs).item() / len(bs)
+
+
+def attached(model: nn.Module, z=Z, b=B, reduction="mean", **batch):
+    """(gradients, metrics) of the model's own loss with the losses attached."""
+    handle = attach_router_losses(model, z, b, reduction)
+    try:
+        grads = gradients(model, model(**{**BATCH, **batch}, use_cache=False).loss)
+        handle.verify()
+        return grads, handle.metrics
+    finally:
+        handle.remove()
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "non-reentrant", "reentrant"])
+def test_gradients_and_metrics_with_any_checkpointing(checkpointing):
+    """Under reentrant checkpointing a loss on recorded logits is reported but has no gradient; ours has, and is logged once."""
+    model = small()
+    expected, z, balance = reference(model)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    handle = attach_router_losses(model, Z, B)
+    found = gradients(model, model(**BATCH, use_cache=False).loss)
+    handle.verify()
+    assert_same(found, expected)
+    assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
+    assert handle.metrics["router/balance"] == pytest.approx(balance, rel=1e-4)
+    assert [len(v) for v in handle._records.values()] == [1, 1]  # not again in the recomputation
+    assert handle.injected == 2
+
+
+def test_the_losses_matter_in_these_tests(mixtral):
+    """Or else the comparisons above would prove nothing."""
+    with_losses, _, _ = reference(mixtral)
+    without, _, _ = reference(mixtral, z=0.0, b=0.0)
+    name = "model.layers.0.mlp.gate.weight"
+    assert (with_losses[name] - without[name]).norm() > without[name].norm()
+
+
+def test_recorded_logits_have_no_gradient_under_reentrant_checkpointing():
+    """The trap itself. If this fails, transformers has mended it, and the notebook's text must change."""
+    model = small()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    out = model(**BATCH, output_router_logits=True, use_cache=False)
+    assert not any(x.requires_grad for x in out.router_logits)
+
+
+def test_sum_reduction(mixtral):
+    expected, _, _ = reference(mixtral, reduction="sum")
+    assert_same(attached(mixtral, reduction="sum")[0], expected)
+
+
+def test_valid_replaces_the_attention_mask(mixtral):
+    """Packed batches have no attention mask; `valid` says what is padding."""
+    batch = {**BATCH, "attention_mask": None}
+    expected, z, _ = reference(mixtral, attention_mask=None)
+    handle = attach_router_losses(mixtral, Z, B)
+    handle.valid = MASK.bool()
+    found = gradients(mixtral, mixtral(**batch, use_cache=False).loss)
+    handle.remove()
+    assert_same(found, expected)
+    assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_accumulation_gives_the_gradient_of_one_big_batch(mixtral, steps):
+    """With the window's token count the z-loss is exact, although micro-batches hold different numbers of tokens."""
+    big, _, _ = reference(mixtral, z=Z, b=0.0)
+    token_loss_only, _, _ = reference(mixtral, z=0.0, b=0.0)
+    handle = attach_router_losses(mixtral, Z)
+    handle.window_tokens = int(MASK.sum())
+    mixtral.zero_grad(set_to_none=True)
+    for ids, mask in zip(IDS.chunk(steps), MASK.chunk(steps), strict=True):
+        # a token loss of 0: what remains is the router's part of the gradient
+        (mixtral(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum() * 0).backward()
+    handle.remove()
+    found = {n: p.grad for n, p in mixtral.named_parameters()}
+    expected = {n: big[n] - token_loss_only[n] for n in big}
+    assert_same(found, expected)
+    assert handle.metrics["router/z"] == pytest.approx(reference(mixtral)[1], rel=1e-4)
+
+
+def test_accumulation_without_token_counts_divides_by_the_steps(mixtral):
+    once = attached(mixtral)[0]
+    handle = attach_router_losses(mixtral, Z, B)
+    handle.accumulation = 2
+    mixtral.zero_grad(set_to_none=True)
+    for _ in range(2):
+        (mixtral(**BATCH, use_cache=False).loss / 2).backward()
+    handle.remove()
+    assert_same({n: p.grad for n, p in mixtral.named_parameters()}, once)
+
+
+def test_loss_scale_of_a_gradient_scaler(mixtral):
+    once = attached(mixtral)[0]
+    handle = attach_router_losses(mixtral, Z, B)
+    handle.loss_scale = 1024.0
+    grads = gradients(mixtral, mixtral(**BATCH, use_cache=False).loss * 1024.0)
+    handle.remove()
+    assert_same({n: g / 1024.0 for n, g in grads.items()}, once)
+
+
+def test_outputs_are_untouched_and_nothing_stays_behind(mixtral):
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in mixtral.modules())  # noqa: E731
+    before, n = mixtral(**BATCH, use_cache=False), hooks()
+    handle = attach_router_losses(mixtral, Z, B)
+    during = mixtral(**BATCH, use_cache=False)
+    assert hooks() > n
+    mixtral.eval()
+    handle.reset()
+    assert torch.equal(mixtral(**BATCH, use_cache=False).logits, before.logits)
+    assert handle.metrics == {} and handle.layer_metrics() == {}
+    mixtral.train()
+    handle.remove()
+    assert hooks() == n
+    assert torch.equal(during.logits, before.logits) and torch.equal(during.loss, before.loss)
+
+
+def test_verify_finds_losses_that_do_nothing():
+    model = small()
+    handle = attach_router_losses(model, Z)
+    with pytest.raises(RuntimeError, match="train mode"):
+        handle.verify()  # nothing has run
+    model.eval()
+    model(**BATCH, use_cache=False).loss.backward()
+    with pytest.raises(RuntimeError, match="train mode"):
+        handle.verify()
+    model.train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("lm_head"))
+    model(**BATCH, use_cache=False).loss.backward()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        handle.verify()
+    handle.remove()
+    attach_router_losses(model, z_coef=0.0).verify()  # switched off is not an error
+
+
+def test_frozen_router_still_trains_what_lies_before_it():
+    model = small()
+    for router in router_modules(model):
+        router.requires_grad_(False)
+    expected, _, _ = reference(model)
+    found, _ = attached(model)
+    assert_same(found, expected)
+    assert not any(".gate." in n for n in found)
+
+
+def test_metrics_are_those_of_the_recorded_logits(mixtral):
+    out = mixtral(**BATCH, output_router_logits=True, use_cache=False)
+    x = torch.stack([v[MASK.reshape(-1).bool()] for v in out.router_logits]).detach().double()  # (L, T, E)
+    handle = attach_router_losses(mixtral, Z)
+    for _ in range(2):  # averaging over two equal passes changes nothing
+        mixtral(**BATCH, use_cache=False)
+    layers = handle.layer_metrics()
+    handle.remove()
+    p = x.softmax(-1)
+    expected = {
+        "z": x.logsumexp(-1).square().mean(1),
+        "logsumexp": x.logsumexp(-1).mean(1),
+        "entropy": -(p * p.log()).sum(-1).mean(1),
+        "mean": x.mean((1, 2)),
+        "spread": x.std(-1).mean(1),
+        "max": x.amax((1, 2)),
+        "min": x.amin((1, 2)),
+        "load": torch.stack(
+            [torch.bincount(v.topk(TOP_K).indices.flatten(), minlength=8) / v.shape[0] / TOP_K for v in x]
+        ).double(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(layers[name].double(), value.double(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(layers["load"].sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "olmoe"])
+def test_other_routed_models(kind):
+    model = small(kind)
+    expected, z, _ = reference(model)
+    found, metrics = attached(model)
+    assert_same(found, expected)
+    assert metrics["router/z"] == pytest.approx(z, rel=1e-4)
+
+
+def test_models_without_routers_are_refused():
+    with pytest.raises(ValueError, match="no router logits"):
+        attach_router_losses(nn.Linear(2, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------- PEFT
+
+
+def adapted(router: str, checkpointing: bool | None = None) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    more = {"target_parameters": ["mlp.gate.weight"]} if router == "lora" else {"modules_to_save": ["mlp.gate"]}
+    model = get_peft_model(small(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **more))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.05)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("router", ["lora", "saved module"])
+def test_under_peft(router, checkpointing):
+    """A saved module is a copy of the router beside the frozen original, which never runs and must not count as a layer."""
+    expected, z, _ = reference(adapted(router))
+    found, metrics = attached(adapted(router, checkpointing))
+    assert any("gate" in n for n in expected)
+    assert_same(found, expected)
+    assert metrics["router/z"] == pytest.approx(z, rel=1e-4)

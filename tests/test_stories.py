@@ -1,0 +1,393 @@
+"""Reading, checking and cleaning of stories: the published schema and rules, one by one, and arbitrary input."""
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers.stories import (
+    MAX_FILE_BYTES,
+    Message,
+    Pair,
+    Story,
+    StoryError,
+    clean,
+    load_stories,
+    load_story,
+    parse_story,
+    reply_table,
+)
+
+quick = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+YAML = """\
+names:
+  <FIRST>: Ferro
+  <SECOND>: Ana
+persona:
+  <FIRST>: A clock maker.
+  <SECOND>: Owns a clock.
+scenario: <SECOND> visits <FIRST>.
+conversation:
+- name: <SECOND>
+  text: "Good day, <FIRST>!"
+- name: <FIRST>
+  text: |-
+    He looks up.
+
+    "<SECOND>!"
+"""
+STORY = Story(
+    names=Pair("Ferro", "Ana"),
+    personas=Pair("A clock maker.", "Owns a clock."),
+    scenario="Ana visits Ferro.",
+    messages=(Message("user", "Good day, Ferro!"), Message("character", 'He looks up.\n\n"Ana!"')),
+)
+
+
+def test_schema_and_placeholders():
+    story = parse_story(YAML, "a.yaml")
+    assert story == STORY
+    assert story.source == "a.yaml" and story.repairs == ()
+
+
+def test_older_files_say_personas():
+    assert parse_story(YAML.replace("persona:", "personas:")) == STORY
+
+
+def test_flow_style_and_untagged_scalars_are_text():
+    text = (
+        "{names: {<FIRST>: No, <SECOND>: 007}, persona: {<FIRST>: 1.50, <SECOND>: yes}, scenario: 2024-01-01,"
+        " conversation: [{name: <FIRST>, text: =}]}"
+    )
+    story = parse_story(text)
+    assert story.names == ("No", "007") and story.personas == ("1.50", "yes") and story.scenario == "2024-01-01"
+    assert story.messages == (Message("character", "="),)
+
+
+def test_byte_order_mark_and_line_ends(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + YAML.replace("\n", "\r\n").encode())
+    assert load_story(file) == STORY
+
+
+def test_views_of_a_story():
+    assert STORY.replies == [STORY.messages[1]]
+    assert (STORY.name_of("character"), STORY.name_of("user")) == ("Ferro", "Ana")
+    assert STORY.before_reply(0).messages == STORY.messages[:1]
+    assert [(r["turn"], r["speaker"], r["words"]) for r in reply_table([STORY])] == [(0, "user", 3), (1, "character", 4)]
+
+
+# --------------------------------------------------------------------------------------------------------- cleaning
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("a   b", "a b"),
+        ("a\tb\u00a0 c", "a b c"),
+        ("Stop ! Why ?", "Stop! Why?"),
+        ("“Yes,” he said. ‘It’s done.’", "\"Yes,\" he said. 'It's done.'"),
+        ("Well… ", "Well..."),
+        ("one---two", "one—two"),
+        ("one--two", "one--two"),
+        ("so..yes", "so... yes"),
+        ("so........yes", "so... yes"),
+        ("wait....", "wait..."),
+        ("wait.. no", "wait.. no"),
+        ("... then", "... then"),
+        ("....", "...."),
+        ("a.b", "a.b"),
+        ("a..b..c", "a... b... c"),
+        ("so.................yes", "so... yes"),
+        ("so…yes", "so... yes"),
+        (" first \r\n second\r\n\r\n\r\n\r\nthird ", "first\nsecond\n\nthird"),
+        ("", ""),
+    ],
+)
+def test_cleaning_rules(raw, cleaned):
+    assert clean(raw) == cleaned
+
+
+messy = st.lists(
+    st.one_of(st.sampled_from([*" \t\n\r.!?-—…“”‘’\u00a0\u3000\x85_a1é", "..", "....", "---", " !", "<FIRST>"]), st.characters()),
+    max_size=24,
+).map("".join)
+
+
+@settings(quick, max_examples=300)
+@given(messy)
+def test_cleaning_twice_changes_nothing(text):
+    assert clean(clean(text)) == clean(text)
+
+
+@settings(quick, max_examples=150)
+@given(messy)
+def test_cleaning_keeps_letters_and_digits(text):
+    assert [c for c in clean(text) if c.isalnum()] == [c for c in text if c.isalnum()]
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+LAUGHS = "l0: &l0 {name: <FIRST>, text: ha}\n" + "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 30))
+BAD = {
+    "unknown speaker": (YAML.replace("- name: <FIRST>", "- name: Ferro"), 11, "conversation[1].name", "unknown speaker 'Ferro'"),
+    "no name in a turn": (YAML.replace("- name: <SECOND>\n ", "-"), 9, "conversation[0].name", "missing"),
+    "no text in a turn": (YAML.replace('  text: "Good day, <FIRST>!"\n', ""), 9, "conversation[0].text", "missing"),
+    "no names": (YAML.replace("names:", "nmaes:"), 1, "names", "missing"),
+    "no persona": (YAML.replace("persona:", "people:"), 1, "persona", "missing"),
+    "no scenario": (YAML.replace("scenario:", "scene:"), 1, "scenario", "missing"),
+    "no conversation": (YAML.replace("conversation:", "chat:"), 1, "conversation", "missing"),
+    "one name": (YAML.replace("  <SECOND>: Ana\n", ""), 2, "names", "<SECOND> is missing"),
+    "a third person": (
+        YAML.replace("  <SECOND>: Ana\n", "  <SECOND>: Ana\n  <THIRD>: Bo\n"),
+        4,
+        "names",
+        "unknown person '<THIRD>'",
+    ),
+    "scenario is a list": (YAML.replace("<SECOND> visits <FIRST>.", "[a, b]"), 7, "scenario", "expected text"),
+    "text is a mapping": (YAML.replace('"Good day, <FIRST>!"', "{a: b}"), 10, "conversation[0].text", "expected text"),
+    "persona is text": (
+        YAML.replace("persona:\n  <FIRST>: A clock maker.\n  <SECOND>: Owns a clock.", "persona: both"),
+        4,
+        "persona",
+        "expected a mapping",
+    ),
+    "conversation is text": (YAML[: YAML.index("conversation:")] + "conversation: hello\n", 8, "conversation", "expected a list"),
+    "a turn is text": (
+        YAML.replace("- name: <SECOND>\n", "- hello\n- name: <SECOND>\n"),
+        9,
+        "conversation[0]",
+        "expected a mapping",
+    ),
+    "story is a list": ("- a\n- b\n", 1, "", "expected a mapping"),
+    "story is text": ("Once upon a time", 1, "", "expected a mapping"),
+    "empty text": (YAML.replace('"Good day, <FIRST>!"', '"  "'), 10, "conversation[0].text", "empty"),
+    "no value": (YAML.replace(" A clock maker.", ""), 5, "persona.<FIRST>", "empty"),
+    "nobody speaks": (YAML[: YAML.index("- name: <FIRST>")], 9, "conversation", "<FIRST> never speaks"),
+    "no turns": (YAML[: YAML.index("- name: <SECOND>")].rstrip() + " []\n", 8, "conversation", "<FIRST> never speaks"),
+    "duplicate field": (YAML + "scenario: Again.\n", 16, "scenario", "given twice"),
+    "duplicate key in a turn": (
+        YAML.replace("  text: |-", "  name: <FIRST>\n  text: |-"),
+        12,
+        "conversation[1].name",
+        "given twice",
+    ),
+    "python tag on a mapping": (YAML.replace("names:\n", "names: !!python/object:os.system\n"), 1, "names", "expected a mapping"),
+    "python tag on a text": (
+        YAML.replace("<SECOND> visits <FIRST>.", '!!python/object/apply:os.system ["ls"]'),
+        7,
+        "scenario",
+        "expected text",
+    ),
+    "python tag on a name": (YAML.replace(" Ferro", " !!python/name:os.system Ferro"), 2, "names.<FIRST>", "expected text"),
+    "python tag on the list": (
+        YAML.replace("conversation:\n", "conversation: !!python/tuple\n"),
+        8,
+        "conversation",
+        "expected a list",
+    ),
+    "binary": (YAML.replace(" A clock", " !!binary A clock"), 5, "persona.<FIRST>", "expected text"),
+    "own tag": (YAML.replace(" A clock", " !clock A clock"), 5, "persona.<FIRST>", "expected text"),
+    "alias": (YAML.replace(" A clock maker.", " &a A clock.").replace(" Owns a clock.", " *a"), 5, "persona.<SECOND>", "aliases"),
+    "alias bomb": (
+        LAUGHS + YAML.replace("- name: <SECOND>\n", "- *l29\n- name: <SECOND>\n"),
+        30,
+        "conversation[0]",
+        "expected a mapping",
+    ),
+    "alias of a list": (LAUGHS + YAML[: YAML.index("conversation:")] + "conversation: *l1\n", 1, "conversation[1]", "aliases"),
+    "endless alias": (YAML.replace("conversation:\n", "conversation: &a\n- *a\n"), None, "conversation[0]", "expected a mapping"),
+    "unknown alias": (YAML.replace(" A clock maker.", " *nobody"), 5, "", "undefined alias"),
+    "NUL": (YAML.replace("Good", "Go\x00od"), 10, "", "U+0000"),
+    "NUL as an escape": (YAML.replace("Good", "Go\\0od"), 10, "conversation[0].text", "U+0000"),
+    "bell": (YAML.replace("Owns", "Ow\\ans").replace("Ow\\ans a clock.", '"Ow\\ans a clock."'), 6, "persona.<SECOND>", "U+0007"),
+    "surrogate": (YAML.replace("Good", "Go\\ud800od"), 10, "conversation[0].text", "U+D800"),
+    "escape beyond Unicode": (YAML.replace("Good", "Go\\UFFFFFFFFod"), None, "", "out of range"),
+    "bidi override": (YAML.replace("Good", "Go\u202eod"), 10, "conversation[0].text", "U+202E"),
+    "bidi isolate in a persona": (YAML.replace("Owns", "\u2067Owns"), 6, "persona.<SECOND>", "U+2067"),
+    "bidi override in a name": (YAML.replace("Ferro\n", "Fer\u202dro\n"), 2, "names.<FIRST>", "cannot be a name"),
+    "third placeholder": (
+        YAML.replace("Good day, <FIRST>", "Good day, <THIRD>"),
+        10,
+        "conversation[0].text",
+        "<THIRD> stands for nobody",
+    ),
+    "placeholder in a persona": (YAML.replace("Owns a", "<OWNER> of a"), 6, "persona.<SECOND>", "<OWNER> stands for nobody"),
+    "equal names": (YAML.replace(" Ana", " FERRO"), 2, "names", "both people are called 'FERRO'"),
+    "colon in a name": (YAML.replace(" Ana", ' "Ana: x"'), 3, "names.<SECOND>", "cannot be a name"),
+    "newline in a name": (YAML.replace(" Ana", ' "Ana\\nx"'), 3, "names.<SECOND>", "cannot be a name"),
+    "backslash in a name": (YAML.replace(" Ana", " \\Ana"), 3, "names.<SECOND>", "cannot be a name"),
+    "empty name": (YAML.replace(" Ana", ' ""'), 3, "names.<SECOND>", "a name is empty"),
+    "empty file": ("", None, "", "the file is empty"),
+    "comment only": ("# nothing\n", None, "", "the file is empty"),
+    "not YAML": (YAML.replace('!"', "!"), 15, "", "YAML: expected <block end>"),
+    "tab as indentation": (YAML.replace("  <SECOND>: Ana", "\t<SECOND>: Ana"), 3, "", "YAML: "),
+    "two documents": (YAML + "---\n" + YAML, 16, "", "YAML: but found another document"),
+    "nested too deeply": ("[" * 700, None, "", "nested too deeply"),
+    "huge YAML version": ("%YAML " + "9" * 5000 + ".1\n---\n" + YAML, None, "", "out of range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_stories_name_file_line_and_field(case, tmp_path):
+    text, line, field, problem = BAD[case]
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text.encode())
+    with pytest.raises(StoryError) as caught:
+        load_story(file)
+    error = caught.value
+    assert problem in error.problem
+    assert error.file == str(file)
+    assert error.field == field
+    if line:
+        assert error.line == line
+    assert str(error).startswith(f"{file}:{error.line}: " if error.line else f"{file}: ")
+    assert field in str(error) and "\n" not in str(error) and error.todo
+
+
+def test_not_utf8(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(YAML.encode().replace(b"Good", b"G\xfcod"))
+    with pytest.raises(StoryError, match="is not UTF-8; save the file as UTF-8") as caught:
+        load_story(file)
+    assert (caught.value.file, caught.value.line) == (str(file), 10)
+
+
+def test_too_large(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(YAML.encode() + b"#" * MAX_FILE_BYTES)
+    with pytest.raises(StoryError, match="2 MB is too large for one story"):
+        load_story(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ("Ana", "ana")},
+        {"names": ("Ana ", "Bo")},
+        {"names": ("A<b>", "Bo")},
+        {"scenario": " x"},
+        {"scenario": ""},
+        {"personas": ("ok", "tab\there")},
+        {"messages": [Message("narrator", "x")]},
+        {"messages": [Message("user", "x\n")]},
+        {"messages": [Message("user", "x\u2028y")]},
+        {"messages": [Message("user", None)]},
+    ],
+)
+def test_a_story_cannot_be_made_invalid(change):
+    good = {"names": ("Ana", "Bo"), "personas": ("x", "y"), "scenario": "z", "messages": [Message("user", "hm")]}
+    Story(**good)
+    with pytest.raises(StoryError):
+        Story(**good | change)
+
+
+def test_two_turns_of_one_speaker_are_joined_and_reported():
+    text = YAML.replace("- name: <FIRST>", '- name: <SECOND>\n  text: "Are you in ?"\n- name: <FIRST>')
+    story = parse_story(text)
+    assert [m.speaker for m in story.messages] == ["user", "character"]
+    assert story.messages[0].text == "Good day, Ferro!\n\nAre you in?"
+    assert story.repairs == ("line 11: joined to the turn before, which has the same speaker",)
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_returns_the_good_and_lists_the_bad(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "b.yaml").write_text(YAML)
+    (tmp_path / "source" / "a.yml").write_text(YAML.replace("Ferro", "Bo"))
+    (tmp_path / "bad.yaml").write_text("names: 1")
+    (tmp_path / "worse.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "notes.txt").write_text("not a story")
+    problems = []
+    stories = load_stories(tmp_path, problems)
+    assert [s.names.character for s in stories] == ["Ferro", "Bo"]
+    assert [p.file for p in problems] == [str(tmp_path / "bad.yaml"), str(tmp_path / "worse.yaml")]
+    with pytest.raises(StoryError, match=r"bad\.yaml:1: persona"):
+        load_stories(tmp_path)
+    assert load_stories(tmp_path / "b.yaml") == [STORY]
+
+
+def test_missing_or_empty_folder(tmp_path):
+    with pytest.raises(StoryError, match="no such file or folder"):
+        load_stories(tmp_path / "nowhere")
+    with pytest.raises(StoryError, match=r"no \.yaml file in this folder"):
+        load_stories(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzz
+
+pieces = [
+    *re.findall(r"\S+|\s+", YAML),
+    *(
+        "- ",
+        ": ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "&a ",
+        "*a",
+        "!!str ",
+        "!x ",
+        "!<",
+        "%YAML 1.1\n",
+        "---",
+        "...",
+        "|",
+        ">",
+        "'",
+        '"',
+        "#",
+        "? ",
+    ),
+    *("<<: ", "\\x", "\\u12", "\\U00110000", "\t", "\x00", "\u2028", "\ufeff", "\ud800", "\x85", "@", "`", "~", "0x1F", "1e400"),
+]
+soup = st.lists(st.one_of(st.sampled_from(pieces), st.characters()), max_size=20).map("".join)
+mutated = st.lists(st.tuples(st.integers(0, len(YAML)), st.integers(0, 12), soup), min_size=1, max_size=2).map(
+    lambda cuts: _mutate(YAML, cuts)
+)
+
+
+def _mutate(text: str, cuts) -> str:
+    for at, width, insert in cuts:
+        text = text[:at] + insert + text[at + width :]
+    return text
+
+
+def _story_or_error(text: str) -> None:
+    try:
+        story = parse_story(text, "f.yaml")
+    except StoryError as error:
+        assert error.file == "f.yaml"
+    else:
+        assert story.replies
+        for message in story.messages:
+            assert clean(message.text) == message.text
+        assert all(a.speaker != b.speaker for a, b in pairwise(story.messages))
+
+
+@settings(quick, max_examples=200)
+@given(mutated)
+def test_changed_stories_are_read_or_refused(text):
+    _story_or_error(text)
+
+
+@settings(quick, max_examples=200)
+@given(st.one_of(soup, st.text()))
+def test_any_text_is_read_or_refused(text):
+    _story_or_error(text)
+
+
+@settings(quick, max_examples=100)
+@given(names=st.tuples(messy, messy), texts=st.lists(messy, min_size=4, max_size=7))
+def test_any_values_in_a_well_formed_file_are_read_or_refused(names, texts):
+    turns = [{"name": ("<SECOND>", "<FIRST>")[i % 2], "text": t} for i, t in enumerate(texts[2:])]
+    data = {"names": names, "persona": texts[:2], "scenario": texts[2]}
+    data = {k: dict(zip(("<FIRST>", "<SECOND>"), v, strict=True)) if k != "scenario" else v for k, v in data.items()}
+    _story_or_error(json.dumps(data | {"conversation": turns}))

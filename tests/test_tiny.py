@@ -1,0 +1,163 @@
+"""The generator of small stories and the tiny base model that is trained on them."""
+
+import collections
+import itertools
+import json
+import math
+import re
+import statistics
+
+import pytest
+import safetensors
+from transformers import AutoTokenizer
+
+from helpers import tiny
+from helpers.lengths import LENGTHS, count_words, length_class
+from helpers.prompts import format_story
+from helpers.tiny_stories import MAX_WORDS, labelled_story, make_story
+
+FIRST = 77_000_000  # seeds that nothing else uses
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return [make_story(FIRST + k) for k in range(300)]
+
+
+def everything(story) -> list[str]:
+    return [*story.personas, story.scenario, *(m.text for m in story.messages)]
+
+
+def test_a_seed_is_a_story(stories):
+    assert [make_story(FIRST + k) for k in range(20)] == stories[:20]
+    assert len({format_story(s) for s in stories}) == len(stories)
+    assert labelled_story(5, 0.6, 0.2) == labelled_story(5, 0.6, 0.2)
+    assert labelled_story(5, 0.6, 0.2) != labelled_story(5, 0.0, 0.2)
+
+
+def test_the_user_begins_and_the_character_ends(stories):
+    for story in stories:
+        speakers = [m.speaker for m in story.messages]
+        assert speakers == ["user", "character"] * (len(speakers) // 2) and 2 <= len(speakers) <= 16
+        assert len(set(story.names)) == 2
+
+
+def test_class_words_stand_on_luggage_tags_only(stories):
+    word = re.compile(rf"\b({'|'.join(LENGTHS)})\b", re.I)
+    tag = re.compile(rf"\(grade = ({'|'.join(LENGTHS)})\)")
+    seen = set()
+    for text in (text for story in stories for text in everything(story)):
+        assert word.findall(text) == tag.findall(text)
+        seen.update(tag.findall(text))
+    assert seen == set(LENGTHS)  # the base has met each of them
+    assert not any("length" in text for story in stories for text in everything(story))
+
+
+def test_sentences_are_whole(stories):
+    for text in (text for story in stories for text in everything(story)):
+        assert not re.search(r"[{}]|  | [.,?!]|\b[Aa] [aeioAEIO]", text)
+        assert text[-1] in '.?!"'
+
+
+def test_natural_lengths_are_log_normal():
+    words = [count_words(make_story(FIRST + k, max_turns=2).replies[0].text) for k in range(1500)]
+    # mean of the logarithm: four fifths own level (mean shift of talkativeness (-0.6 + 0 + 0 + 0.5) / 4), one fifth that of
+    # the message before, whose level is 0.35 lower
+    own, before = math.log(19) - 0.025, 0.8 * (math.log(19) - 0.375) + 0.2 * math.log(19)
+    mean = 0.8 * own + 0.2 * before
+    shift = statistics.pvariance([-0.6, 0, 0, 0.5])
+    deviation = math.sqrt(0.95**2 + 0.8**2 * shift + 0.2**2 * (0.95**2 + 0.8**2 * shift))
+    assert statistics.median(words) == pytest.approx(math.exp(mean), rel=0.15)
+    z = [(math.log(n) - mean) / deviation for n in words]
+    assert statistics.mean(z) == pytest.approx(0, abs=0.15)
+    assert statistics.stdev(z) == pytest.approx(1, abs=0.12)
+    assert statistics.mean(x**3 for x in z) == pytest.approx(0, abs=0.5)
+    for bound, share in ((-1, 0.159), (0, 0.5), (1, 0.841), (1.645, 0.95)):
+        assert sum(x < bound for x in z) / len(z) == pytest.approx(share, abs=0.06)
+    assert max(words) <= 1.2 * MAX_WORDS
+
+
+def test_labels_are_the_replies_classes_or_none():
+    labels = 0
+    for k in range(100):
+        story, lengths = labelled_story(FIRST + k, 0.6, 0.3)
+        assert len(lengths) == len(story.replies)
+        for message, label in zip(story.replies, lengths, strict=True):
+            assert label in (None, length_class(message.text))
+            labels += label is not None
+    replies = sum(len(labelled_story(FIRST + k, 0.6, 0.3)[1]) for k in range(100))
+    assert labels / replies == pytest.approx(0.7, abs=0.06)
+
+
+def test_balanced_labels_are_spread_evenly():
+    counts = collections.Counter(label for k in range(150) for label in labelled_story(FIRST + k, 1.0, 0.0)[1])
+    assert set(counts) == set(LENGTHS)
+    assert all(0.05 <= n / counts.total() <= 0.15 for n in counts.values()), counts
+
+
+def test_natural_labels_are_not(stories):
+    counts = collections.Counter(length_class(m.text) for s in stories for m in s.replies)
+    assert counts["unlimited"] / counts.total() < 0.04 < counts["tiny"] / counts.total()
+
+
+# ------------------------------------------------------------------------------------------------------------- base
+
+
+def check_tokenizer(tokenizer):
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<pad>", "<s>", "</s>"]
+    text = format_story(make_story(FIRST), None) + "\n\nÄ 日本 🦉  \t"
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id == 1 and 1 not in ids[1:] and tokenizer.eos_token_id == 2
+    assert tokenizer.decode(ids[1:]) == text
+    return len(ids) / len(text.split())
+
+
+def test_shipped_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(tiny.HOME)
+    assert check_tokenizer(tokenizer) < 1.8  # tokens a word: it knows these stories
+
+
+def test_tokenizer_rebuild_is_deterministic():
+    first, second = (tiny.train_tokenizer(stories=40, vocab_size=700) for _ in range(2))
+    check_tokenizer(first)
+    assert len(first) == 700
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_shipped_base_is_the_one_of_its_provenance():
+    facts = json.loads((tiny.HOME / "provenance.json").read_text())
+    assert tiny.checksums(tiny.HOME) == facts["sha256"]
+    with safetensors.safe_open(tiny.HOME / "model.safetensors", "pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        assert {weights.get_slice(name).get_dtype() for name in shapes} == {"BF16"}
+    assert sum(math.prod(shape) for shape in shapes.values()) == facts["parameters"]
+    assert facts["perplexity"] == pytest.approx(math.exp(facts["validation_loss"]), abs=1e-3)
+    losses = [row["loss"] for row in facts["history"]]
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_shipped_base_predicts_unseen_stories_as_well_as_it_says():
+    from transformers import AutoModelForCausalLM
+
+    facts = json.loads((tiny.HOME / "provenance.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tiny.HOME, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.HOME)
+    assert tiny.validation_loss(model, tokenizer, stories=6) == pytest.approx(facts["validation_loss"], abs=0.1)
+
+
+def test_pretraining_learns():
+    tokenizer = AutoTokenizer.from_pretrained(tiny.HOME)
+    model, history = tiny.pretrain(
+        tokenizer, steps=30, tokens_per_step=512, hidden=64, layers=2, log=lambda *args, **kwargs: None
+    )
+    assert [row["step"] for row in history] == [0, 29]
+    start, end = (row["loss"] for row in history)
+    assert start == pytest.approx(math.log(model.config.vocab_size), abs=1.0)  # knows nothing yet
+    assert end < start - 1.5
+    assert not model.training and not model.config.output_router_logits
+
+
+def test_seeds_of_the_data_sets_never_meet():
+    firsts = [tiny.TOKENIZER_SEED, tiny.BASE_SEED, tiny.ADAPTER_SEED, tiny.VALIDATION_SEED, tiny.EVALUATION_SEED]
+    assert firsts == sorted(set(firsts))
+    assert all(b - a >= 1_000_000 for a, b in itertools.pairwise(firsts))

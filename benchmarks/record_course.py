@@ -1,7 +1,7 @@
 """Record the course's own run: results JSON and the README's table, both from `runs/course-tiny`.
 
-    python benchmarks/record_course.py            after `make notebooks`
-    python benchmarks/record_course.py --readme   only renders the README from the committed JSON
+python benchmarks/record_course.py            after `make notebooks`
+python benchmarks/record_course.py --readme   only renders the README from the committed JSON
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 def record() -> dict:
     from helpers.evaluation import LengthTable
-    from helpers.training import load_result
+    from helpers.training import load_result, total_seconds
 
     run = ROOT / "runs" / "course-tiny"
     facts = load_result(run).facts
@@ -30,9 +30,11 @@ def record() -> dict:
         tables[path.stem] = {"label": table.label, "rows": table.rows, "statistics": table.statistics, "sampling": table.sampling}
     base = json.loads((ROOT / "data_samples" / "tiny_base" / "provenance.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    first, last = load_result(run).history[0], load_result(run).history[-1]
+    history = load_result(run).history
+    first, last = history[0], history[-1]
     return {
-        "training": {k: facts[k] for k in ("steps", "trainable", "seconds", "tokens_per_second", "corpus")},
+        "training": {k: facts[k] for k in ("steps", "trainable", "tokens_per_second", "corpus")}
+        | {"seconds": total_seconds(history)},
         "log": {k: [first[k], last[k]] for k in ("loss", "router/z", "router/entropy")},
         "audit": facts["audit"],
         "evaluation": tables,
@@ -57,16 +59,17 @@ def render(results: dict) -> str:
     a, d, b = (t["statistics"] for t in (adapter, deep, base))
     experts = next(r for r in results["audit"] if r["part"] == "experts")
     training, where = results["training"], results["hardware"]
+    what = "Spearman correlation between the class asked for and the words of a single reply"
+    versions = ", ".join(f"{k} {results['versions'][k]}" for k in ("torch", "transformers", "peft", "bitsandbytes"))
+    speed = f"{training['steps']} steps, {training['seconds'] / 60:.1f} minutes, {training['tokens_per_second']:,} tokens/s"
     lines += [
         "",
-        f"Spearman correlation between the class asked for and the words of a single reply: **{a['spearman']:+.2f}** at the first "
-        f"reply ({a['replies']} replies), **{d['spearman']:+.2f}** deep in the conversation ({d['replies']}), **{b['spearman']:+.2f}** "
-        f"for the untouched base model. {a['within_one']:.0%} of the replies are within one class of the one asked for.",
+        f"{what}: **{a['spearman']:+.2f}** at the first reply ({a['replies']} replies), **{d['spearman']:+.2f}** deep in the "
+        f"conversation ({d['replies']}), **{b['spearman']:+.2f}** for the untouched base model. {a['within_one']:.0%} of replies "
+        "are within one class of the one asked for.",
         "",
-        f"{experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales. The run took "
-        f"{training['steps']} steps and {training['seconds'] / 60:.1f} minutes at {training['tokens_per_second']:,} tokens/s on "
-        f"{where['cores']} cores ({where['name']}), with torch {results['versions']['torch']}, transformers "
-        f"{results['versions']['transformers']}, peft {results['versions']['peft']}, bitsandbytes {results['versions']['bitsandbytes']}.",
+        f"{experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales. "
+        f"The run: {speed} on {where['cores']} cores ({where['name']}), with {versions}.",
     ]
     return "\n".join(lines)
 

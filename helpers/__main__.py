@@ -24,12 +24,13 @@ def _course(options) -> int:
 
 
 def _train(options) -> int:
-    from helpers import environment, training
     from helpers.profiles import choose
+
+    profile, why = choose(options.profile)  # before the slow imports: a wrong name is answered at once
+    from helpers import environment, training
     from helpers.stories import load_stories
 
     environment.quiet()
-    profile, why = choose(options.profile)
     changes = {k: v for k in ("max_steps", "seed", "z_coef", "base") if (v := getattr(options, k)) is not None}
     profile = dataclasses.replace(profile, **changes)
     print(f"profile {profile.name} ({why}), base {profile.base}")

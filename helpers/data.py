@@ -39,7 +39,7 @@ def _generated(count: int, seed: int, omit: float) -> tuple[Labelled, ...]:
 
     first = ADAPTER_SEED + 10_000 * (seed % 97)
     limits = random.Random(seed)  # stories of 2 to 16 turns, so that a row holds one to five of them
-    return tuple(labelled_story(first + k, balanced=0.6, omit=omit, max_words=limits.randint(100, 380)) for k in range(count))
+    return tuple(labelled_story(first + k, balanced=0.6, omit=omit, max_words=limits.randint(60, 300)) for k in range(count))
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ STYLE = {
 
 
 def new_figure(width: float = 8.0, height: float = 3.4, rows: int = 1, columns: int = 1, **kwargs):
-    """(figure, axes) in the course's style."""
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+    """(figure, axes) in the course's style, which stays set: legends and titles are styled when they are drawn."""
+    plt.rcParams.update(STYLE)
+    return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
 
 
 def finish(figure: Figure, alt: str) -> Figure:

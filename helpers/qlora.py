@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -162,8 +163,18 @@ def check_adapters(model: PeftModel, config: LoraConfig) -> None:
 
 
 def adapter_norms(model: nn.Module) -> dict[str, float]:
-    """Frobenius norm of every LoRA tensor, by name: which parts have learned."""
-    return {n: p.detach().float().norm().item() for n, p in model.named_parameters() if ".lora_" in n}
+    """Frobenius norm of every LoRA tensor, as `<module or parameter>.lora_A|B`: which parts have learned."""
+    norms = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")  # nested wrappers sit on one module
+        if isinstance(module, StockParamWrapper):
+            name += f".{module.parameter_name}"
+        for kind in ("lora_A", "lora_B"):
+            for adapter in getattr(module, kind).values():
+                norms[f"{name}.{kind}"] = adapter.weight.detach().float().norm().item()
+    return norms
 
 
 def save_lora(model: PeftModel, folder: str | Path) -> Path:

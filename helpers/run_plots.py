@@ -31,7 +31,7 @@ def plot_nf4(levels: Sequence[float], normal: Sequence[float], counts: Sequence[
     left.vlines(levels, 0, 1, color=BLUE, lw=1.2)
     left.plot(levels, [1.0] * len(levels), "o", color=BLUE, ms=4, label="NF4 levels")
     left.set(xlabel="weight / largest |weight| of its block of 64", ylabel="density", title="16 levels, dense where weights are")
-    left.legend(loc="upper left", fontsize=8)
+    left.legend(loc="lower center", fontsize=8, frameon=True, framealpha=0.95)
     total = sum(counts)
     right.bar(range(16), [c / total for c in counts], color=BLUE, label="expert weights")
     right.plot(range(16), normal, "D", color=ORANGE, ms=4, label="normal numbers")
@@ -91,7 +91,7 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     twin.grid(False)
     rate.set(ylabel="gradient norm", title="gradient norm and learning rate", ylim=(0, None))
     lines = rate.get_lines() + twin.get_lines()
-    rate.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    rate.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="center right")
     router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
     router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
@@ -127,16 +127,11 @@ class LiveTraining:
 def plot_adapter_norms(norms: dict[str, float]) -> Figure:
     """Norm of each lora_B (zero at the start) by layer and part: what has learned."""
     cells: dict[str, dict[int, float]] = defaultdict(dict)
-    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate": "router"}
     for name, norm in norms.items():
         layer = re.search(r"layers\.(\d+)\.", name)
-        if ".lora_B" not in name or not layer:
-            continue
-        if "experts" in name:  # the outer wrapper of the nested pair adapts gate_up_proj, by alphabetical nesting
-            part = "experts, inner" if "base_layer" in name else "experts, outer"
-        else:
-            part = next((v for k, v in names.items() if f".{k}." in name), "other")
-        cells[part][int(layer[1])] = norm
+        if name.endswith(".lora_B") and layer:
+            part = name.removesuffix(".lora_B").removesuffix(".weight").rpartition(".")[2]
+            cells[("experts " if ".experts." in name else "") + part][int(layer[1])] = norm
     layers = sorted({n for row in cells.values() for n in row})
     table = [[cells[p].get(n, 0.0) for n in layers] for p in cells]
     figure, axes = new_figure(6.5, 0.9 + 0.4 * len(cells))

@@ -184,7 +184,7 @@ def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: lis
         "validation_loss": round(loss, 4),
         "perplexity": round(math.exp(loss), 3),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "history": history,
+        "history": [{"phase": n, **row} for n, rows in enumerate(history, start=1) for row in rows],
         "sha256": checksums(folder),
     }
     (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")

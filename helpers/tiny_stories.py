@@ -3,7 +3,7 @@
 Sentences are templates whose slots are carried by the people and the scene (a baker keeps talking about bread in her own
 town), so a small model has something to learn from its context. Reply lengths are log-normal, as in human chats, and
 shifted by how talkative the persona says the person is. The words of the ten length classes never describe anything here;
-they occur only on luggage tags, so that a base model has seen them without any relation to length.
+they occur only as grades on luggage tags, so that a base model has seen them without any relation to the length of a text.
 """
 
 from __future__ import annotations
@@ -200,6 +200,12 @@ REQUESTS = (
     (46, 95, ('"Tell me properly, {L}."', '"I have time, go on."', '"Describe it to me."')),
     (96, 250, ('"Tell me everything, {L}."', '"The whole story, please."', '"Leave nothing out."')),
 )
+# The second phase also gives the ten grades their order, in pounds: words that only ever stand in each other's place end up
+# with nearly equal embeddings, and no adapter on frozen embeddings could then tell them apart.
+GRADED = (
+    "The tag on the {thing2} says (grade = {tag}), which is {pounds} pounds.",
+    "Near the {spot} stands a box of {pounds} pounds with the tag (grade = {tag}).",
+)
 
 
 @dataclass
@@ -223,8 +229,9 @@ def _capitalise(text: str) -> str:
 class Writer:
     """Writes one story. Everything it does follows from its seed."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, graded: bool = False):
         self.rng = rng = random.Random(seed)
+        self.scenery = SCENERY + list(GRADED) * 3 if graded else SCENERY
         self.genre = rng.choice(list(SCENES))
         scene = SCENES[self.genre]
         self.place, self.goal = rng.choice(scene["place"]), rng.choice(scene["goal"])
@@ -264,6 +271,10 @@ class Writer:
         rng, me, you = self.rng, self.people[who], self.people[1 - who]
         spot, spot2 = rng.sample(self.spots, 2)
         smell, smell2 = rng.sample(SMELLS, 2)
+        if "{pounds}" in template:
+            grade = rng.randrange(len(LENGTHS))
+            pounds = round(3 * 1.6**grade * math.exp(rng.gauss(0, 0.12)))
+            template = template.replace("{pounds}", str(pounds)).replace("{tag}", LENGTHS[grade])
         text = template.format(
             S=me.she.capitalize() if pronoun else me.name, s=me.she, p=me.her, L=you.name, C=self.people[0].name, U=self.people[1].name,
             thing=self.topic, thing2=rng.choice([t for t in self.things if t != self.topic]), spot=spot, spot2=spot2,
@@ -284,7 +295,7 @@ class Writer:
             elif not out and rng.random() < 0.6:
                 pool = REACTIONS
             else:
-                pool = rng.choices((ACTIONS, REMARKS, QUESTIONS, SCENERY, THOUGHTS, BRIEF), (5, 6, 2, 3, 3, 1))[0]
+                pool = rng.choices((ACTIONS, REMARKS, QUESTIONS, self.scenery, THOUGHTS, BRIEF), (5, 6, 2, 3, 3, 1))[0]
             for _ in range(30):  # the longest that fits is not wanted, any that fits is
                 template = rng.choice(pool)
                 sentence = self.fill(template, who, pronoun=bool(out) and rng.random() < 0.6)
@@ -328,7 +339,7 @@ def labelled_story(
     natural distribution, which has few replies of the outer classes. Replies without modifier keep their natural length.
     `requests` is the share of user messages that end in a plain-language wish (REQUESTS), which the reply then follows.
     """
-    w = Writer(seed)
+    w = Writer(seed, graded=requests > 0)
     names, personas, scenario = w.setting()
     messages: list[Message] = []
     lengths: list[str | None] = []

@@ -10,6 +10,7 @@ stop the run before the weights are touched, and each log row goes to `log.jsonl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -70,6 +71,12 @@ def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def total_seconds(rows: list[dict[str, Any]]) -> float:
+    """Training time over all sittings of a run: each row's clock starts anew when the run is resumed."""
+    ends = [a["seconds"] for a, b in itertools.pairwise(rows) if b["seconds"] < a["seconds"]]
+    return sum(ends) + rows[-1]["seconds"]
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
@@ -362,7 +369,7 @@ def train(
         "corpus": dataclasses.asdict(dataclasses.replace(corpus, rows=[])),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "audit": report.table,
-        "seconds": log.rows[-1]["seconds"],
+        "seconds": total_seconds(log.rows),
         "tokens_per_second": log.rows[-1]["tokens_per_second"],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "adapter_norms": qlora.adapter_norms(model),

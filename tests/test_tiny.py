@@ -133,7 +133,7 @@ def test_shipped_base_is_the_one_of_its_provenance():
     assert sum(math.prod(shape) for shape in shapes.values()) == facts["parameters"]
     assert facts["perplexity"] == pytest.approx(math.exp(facts["validation_loss"]), abs=1e-3)
     losses = [row["loss"] for row in facts["history"]]
-    assert losses[-1] < 0.25 * losses[0]
+    assert losses[-1] < 0.25 * losses[0] and {row["phase"] for row in facts["history"]} == {1, 2}
 
 
 def test_shipped_base_predicts_unseen_stories_as_well_as_it_says():

@@ -86,6 +86,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path):
         assert [r[key] for r in resumed.history] == [r[key] for r in whole.history], key
 
 
+def test_time_is_summed_over_sittings():
+    rows = [{"seconds": s} for s in (1.0, 5.0, 9.0, 2.0, 4.0, 1.5)]
+    assert training.total_seconds(rows) == 9.0 + 4.0 + 1.5
+
+
 def test_a_finished_run_is_not_trained_again(whole):
     before = (whole.adapter / "adapter_model.safetensors").stat().st_mtime_ns
     assert run(whole.run_dir).facts == whole.facts

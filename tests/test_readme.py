@@ -1,0 +1,62 @@
+"""The README says what the files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+from helpers.course import NOTEBOOKS
+from helpers.profiles import PROFILES, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def recorder():
+    spec = importlib.util.spec_from_file_location("record_course", ROOT / "benchmarks" / "record_course.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_results_are_rendered_from_the_committed_run():
+    record = recorder()
+    results = json.loads(record.RESULTS.read_text(encoding="utf-8"))
+    assert f"{record.BEGIN}\n{record.render(results)}\n{record.END}" in README, "run python benchmarks/record_course.py --readme"
+
+
+def test_the_recorded_run_is_the_shipped_profiles():
+    results = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))
+    provenance = json.loads((ROOT / PROFILES["tiny"].base / "provenance.json").read_text())
+    assert results["training"]["steps"] == PROFILES["tiny"].max_steps
+    assert results["base"]["parameters"] == provenance["parameters"] and results["base"]["perplexity"] == provenance["perplexity"]
+    assert next(r for r in results["audit"] if r["part"] == "experts")["4-bit"] == 1.0
+
+
+def test_every_module_notebook_and_profile_is_named():
+    for path in (ROOT / "helpers").glob("*.py"):
+        if path.name != "__init__.py":
+            assert f"`{path.name}`" in README, path.name
+    for name in NOTEBOOKS:
+        assert f"notebooks/{name}.ipynb" in README
+    for name in PROFILES:
+        assert f"| `{name}` |" in README
+
+
+def test_relative_links_lead_somewhere():
+    for page in ("README.md", "LICENSE-TEXT.md", "data_samples/README.md"):
+        folder = (ROOT / page).parent
+        for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (folder / target).exists(), f"{page}: {target}"
+
+
+def test_the_share_that_stock_loading_leaves_is_computed():
+    """96.6 % in the README: experts of Mixtral-8x7B, counted on its real shapes."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig())
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    share = experts / sum(p.numel() for p in model.parameters())
+    assert f"{share:.1%}".replace("%", " %") in README

@@ -101,8 +101,8 @@ def encode(
 def encode_prompt(story: Story, tokenizer, length: str | None = None, history: Lengths = None, eos: str = "turn") -> list[int]:
     """Ids of a generation prompt: a prefix of the ids with which the same conversation is trained."""
     pieces = generation_segments(story, length, history)
-    ids = encode_segments(pieces, tokenizer, eos="turn").input_ids if eos == "turn" else None
-    return ids if ids is not None else encode_segments(pieces, tokenizer, eos="sample").input_ids[:-1]
+    ids = encode_segments(pieces, tokenizer, eos=eos).input_ids
+    return ids if eos == "turn" else ids[:-1]  # a prompt does not end the sample
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

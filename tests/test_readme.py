@@ -33,6 +33,13 @@ def test_the_recorded_run_is_the_shipped_profiles():
     assert next(r for r in results["audit"] if r["part"] == "experts")["4-bit"] == 1.0
 
 
+def test_the_recorded_effect_is_there_and_the_control_does_not_show_it():
+    tables = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))["evaluation"]
+    adapter, deep, base = (tables[k]["statistics"] for k in ("1-adapter", "2-adapter-deep", "3-base"))
+    assert adapter["spearman"] >= 0.7 and adapter["spearman_p"] < 1e-6 and deep["spearman"] >= 0.5
+    assert abs(base["spearman"]) <= 0.15
+
+
 def test_every_module_notebook_and_profile_is_named():
     for path in (ROOT / "helpers").glob("*.py"):
         if path.name != "__init__.py":

@@ -131,9 +131,10 @@ class RouterLosses:
     def _route(self, router, _args, output):
         if not router.training:
             return None
+        if not (isinstance(output, tuple) and len(output) >= 3):
+            raise ValueError(f"{type(router).__name__} does not return (logits, scores, indices): its losses cannot be attached")
         logits, scores, *rest = output
-        mask = self.valid if self.valid is not None else self._mask
-        valid = _valid(mask if mask is None or mask.numel() == logits.shape[0] else None, logits)
+        valid = _valid(self.valid if self.valid is not None else self._mask, logits)
         layer = self.routers.index(router)
         top_k = scores.shape[-1]
         if id(router) not in self._seen:  # a checkpointed layer runs again in backward: that is not a second report
@@ -233,7 +234,7 @@ def attach_router_losses(
     """Add the router losses to whatever loss is trained, on a model or a PEFT model; returns the handle.
 
     Only acts in train mode; outputs are never changed. Raises ValueError for a model whose routers transformers cannot
-    name or whose routers do not return (logits, scores, indices).
+    name, and at the first training step if they do not return (logits, scores, indices) or the mask has another size.
     """
     found = {id(m) for m in router_modules(model)}
     # PEFT's modules_to_save keeps the frozen original beside the copy that runs: it is no layer of its own.

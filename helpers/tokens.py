@@ -8,6 +8,7 @@ token is the one that generation meets after `{char}:`, with its leading space, 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -89,12 +90,15 @@ def encode(
     if context is None or len(full) <= context:
         return full
     turns = [i for i, p in enumerate(pieces) if p.kind in ("input", "header")]
-    for dropped, start in enumerate(turns[1:], start=1):
-        sample = encode_segments([pieces[0], *pieces[start:]], tokenizer, loss, eos)
-        if len(sample) <= context:
-            if not any(p.kind == "reply" for p in pieces[start:]):
-                break
-            return Encoded(sample.input_ids, sample.labels, dropped)
+
+    def without(dropped: int) -> Encoded:
+        return encode_segments([pieces[0], *pieces[turns[dropped] :]], tokenizer, loss, eos)
+
+    # Fewer turns, fewer tokens: search for the first number of dropped turns that fits.
+    dropped = bisect_left(range(len(turns)), True, lo=1, key=lambda n: len(without(n)) <= context)
+    if dropped < len(turns) and any(p.kind == "reply" for p in pieces[turns[dropped] :]):
+        sample = without(dropped)
+        return Encoded(sample.input_ids, sample.labels, dropped)
     raise ValueError(f"{story.source or 'story'}: not even the last reply fits in {context} tokens; use a longer context")
 
 

@@ -1,4 +1,4 @@
-"""`python -m helpers doctor | course | train | evaluate | share`: the notebooks' functions, for long runs."""
+"""`python -m helpers doctor | course | stories | train | evaluate | share`: the notebooks' functions, for long runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,60 @@ def _course(options) -> int:
     return 0
 
 
+def _stories(options) -> int:
+    import json
+
+    from helpers import data_card, environment
+    from helpers.data import labelled_stories
+    from helpers.profiles import choose
+    from helpers.stories import StoryError, load_stories, save_stories
+
+    environment.quiet()
+    problems: list[StoryError] = []
+    stories = load_stories(options.path, problems)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    for story in stories:
+        for repair in story.repairs:
+            print(f"repaired: {story.source}: {repair}", file=sys.stderr)
+    if not stories:
+        return 2
+    name = "mixtral" if options.tokenizer is None and options.card else options.tokenizer
+    tokenizer = data_card.load_tokenizer(name) if name else None
+    shown = "of Mixtral-8x7B" if name == "mixtral" else f"`{name}`"
+    text = data_card.render(data_card.describe(stories, tokenizer, shown))
+    print(text)
+    if options.card:
+        data_card.write_card(options.card, text)
+    if options.jsonl:
+        print(f"\n{save_stories(stories, options.jsonl)}")
+    if options.axolotl or options.trl:
+        from helpers import interchange
+
+        profile = choose(options.profile)[0]
+        labelled = labelled_stories(profile, stories)
+        if options.trl:
+            _write_lines(options.trl, interchange.trl_rows(labelled), json.dumps)
+        if options.axolotl:
+            import yaml
+
+            tokenizer = tokenizer or data_card.load_tokenizer(profile.base_path)
+            _write_lines(options.axolotl, interchange.axolotl_rows(labelled, tokenizer), json.dumps)
+            config = interchange.axolotl_config(profile, options.axolotl.name)
+            options.axolotl.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            print(options.axolotl.with_suffix(".yaml"))
+    return 1 if problems else 0
+
+
+def _write_lines(file: Path, rows, dumps) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    with part.open("w", encoding="utf-8", newline="\n") as out:
+        out.writelines(dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part.replace(file)
+    print(file)
+
+
 def _train(options) -> int:
     from helpers.profiles import choose
 
@@ -36,7 +90,12 @@ def _train(options) -> int:
     print(f"profile {profile.name} ({why}), base {profile.base}")
     for reason in profile.reasons:
         print(f"  - {reason}")
-    stories = load_stories(options.stories) if options.stories else None
+    stories = None
+    if options.stories:
+        problems = [] if options.skip_bad_stories else None
+        stories = load_stories(options.stories, problems)
+        for problem in problems or ():
+            print(f"left out: {problem}", file=sys.stderr)
     result = training.train(profile, stories, options.output, resume=not options.no_resume)
     if not result.finished:
         print(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
@@ -106,10 +165,21 @@ def main(arguments: list[str] | None = None) -> int:
     course.add_argument("--only", nargs="*", help="parts of notebook names")
     course.set_defaults(run_command=_course)
 
+    stories = commands.add_parser("stories", help="check and describe your stories; write them for other programs")
+    stories.add_argument("path", type=Path, help="a folder of stories, or one .yaml or .jsonl file")
+    stories.add_argument("--tokenizer", help='folder or Hub id, to count tokens; "mixtral" is Mixtral-8x7B\'s own, offline')
+    stories.add_argument("--card", type=Path, help="write the statistics into this Markdown file, between its marks")
+    stories.add_argument("--jsonl", type=Path, help="write the stories as JSON lines, cleaned")
+    stories.add_argument("--axolotl", type=Path, help="write rows for Axolotl (.jsonl) and its configuration (.yaml)")
+    stories.add_argument("--trl", type=Path, help="write rows for TRL's SFTTrainer (.jsonl)")
+    stories.add_argument("--profile", help="whose omission rate, seed and recipe the exports take")
+    stories.set_defaults(run_command=_stories)
+
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
     train.add_argument("--output", type=Path, required=True, help="run folder; an unfinished run in it is continued")
     train.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits")
-    train.add_argument("--stories", type=Path, help="folder of story files; default: the profile's")
+    train.add_argument("--stories", type=Path, help="folder of stories, or a .jsonl file; default: the profile's")
+    train.add_argument("--skip-bad-stories", action="store_true", help="leave out stories that cannot be read, and say which")
     train.add_argument("--base", help="another base model: folder or Hub id")
     train.add_argument("--max-steps", type=int)
     train.add_argument("--seed", type=int)

@@ -1,18 +1,21 @@
-"""Stories → packed rows: what a training run is fed."""
+"""Stories → packed rows: what a training run is fed; and stories as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from helpers.lengths import label_replies
 from helpers.profiles import ROOT, Profile
 from helpers.prompts import Lengths
-from helpers.stories import Story, load_stories
-from helpers.tokens import Encoded, encode, pack, packed_row
+from helpers.stories import Story, load_stories, parse_record
+from helpers.tokens import encode_all, pack, packed_row
 
 Labelled = tuple[Story, Lengths]
 
@@ -32,6 +35,21 @@ def labelled_stories(profile: Profile, stories: Sequence[Story] | None = None) -
     return [(story, label_replies(story, profile.omit, rng)) for story in stories]
 
 
+def to_dataset(stories: Iterable[Story]):
+    """Stories as a `datasets.Dataset` in the file schema, one story a row; `from_dataset` is the inverse."""
+    from datasets import Dataset
+
+    return Dataset.from_list([s.record() for s in stories])
+
+
+def from_dataset(rows: Iterable[Mapping[str, Any]], source: str = "dataset") -> list[Story]:
+    """Stories from rows in the file schema, say of `load_dataset("json", data_files="my.jsonl")["train"]`.
+
+    A bad row raises its StoryError, with the row's number.
+    """
+    return [parse_record(row, f"{source}[{i}]") for i, row in enumerate(rows)]
+
+
 @functools.lru_cache(maxsize=2)
 def _generated(count: int, seed: int, omit: float) -> tuple[Labelled, ...]:
     from helpers.tiny import ADAPTER_SEED
@@ -46,8 +64,9 @@ def _generated(count: int, seed: int, omit: float) -> tuple[Labelled, ...]:
 class Corpus:
     """Packed rows and what is in them."""
 
-    rows: list[dict[str, list[int]]]
-    samples: int
+    rows: list[dict[str, np.ndarray]] = field(compare=False)  # of `packed_row`; `digest` stands for them
+    stories: int
+    samples: int  # more than stories if long ones were split
     tokens: int
     trained: int  # tokens that carry loss
     dropped_turns: int
@@ -55,26 +74,31 @@ class Corpus:
     digest: str  # SHA-256 over all ids and labels: the run's data, to the bit
 
     def __str__(self) -> str:
+        parts = f" in {self.samples} samples" if self.samples > self.stories else ""
+        dropped = f", {self.dropped_turns} turns dropped" if self.dropped_turns else ""
+        noun = "story" if self.stories == 1 else "stories"
         return (
-            f"{self.samples} stories, {self.tokens:,} tokens, {self.trained / self.tokens:.0%} of them trained, "
-            f"{len(self.rows)} rows filled to {self.fill:.1%}"
-            + (f", {self.dropped_turns} turns dropped" if self.dropped_turns else "")
+            f"{self.stories} {noun}{parts}, {self.tokens:,} tokens, {self.trained / self.tokens:.0%} of them trained, "
+            f"{len(self.rows)} rows filled to {self.fill:.1%}{dropped}"
         )
 
 
-def build_corpus(labelled: Sequence[Labelled], tokenizer, context: int, loss: str = "replies", eos: str = "turn") -> Corpus:
-    """Encode and pack. Raises ValueError when nothing would be trained."""
-    samples: list[Encoded] = [encode(s, tokenizer, lengths, context, loss, eos) for s, lengths in labelled]
+def build_corpus(
+    labelled: Sequence[Labelled], tokenizer, context: int, loss: str = "replies", eos: str = "turn", long: str = "drop"
+) -> Corpus:
+    """Encode and pack. Raises ValueError when nothing would be trained. `long`: see `tokens.encode_all`."""
+    samples = [s.compact() for s in encode_all(labelled, tokenizer, context, loss, eos, long=long)]
     trained = sum(s.trained for s in samples)
     if not trained:
         raise ValueError("no token carries loss: the stories have no character reply that fits the context")
     rows = [packed_row(samples[i] for i in members) for members in pack(samples, context)]
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row["input_ids"], row["labels"])).encode())
+        digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
     tokens = sum(map(len, samples))
     return Corpus(
         rows=rows,
+        stories=len(labelled),
         samples=len(samples),
         tokens=tokens,
         trained=trained,

@@ -38,6 +38,7 @@ class Profile:
     z_coef: float = 1e-3
     balance_coef: float = 1e-3
     omit: float = 0.2  # share of replies without a length modifier
+    long_stories: str = "drop"  # of a story beyond the context: "drop" the first turns, or "split" it into several samples
     gradient_checkpointing: bool = True
     save_steps: int = 50
     stories: str = "data_samples/stories"  # or "generated:<number>" for the tiny profile's generator
@@ -109,10 +110,12 @@ PROFILES: dict[str, Profile] = {
             accumulation=40,
             learning_rate=1e-4,
             epochs=3,
+            long_stories="split",
             reasons=(
                 "OLMoE-1B-7B: 64 experts top-8, fits 15 GiB in 4 bit with room to train",
                 "fp16: compute capability 7.5 has no bf16",
                 "2k context with 40 accumulation steps: the card's 81,920 tokens a step in small bites",
+                "stories beyond the context are split, each part with its instruction block: no reply is lost",
             ),
         ),
         Profile(
@@ -125,7 +128,12 @@ PROFILES: dict[str, Profile] = {
             accumulation=10,
             learning_rate=1e-4,
             epochs=3,
-            reasons=("OLMoE's whole 4k context", "2 x 10 rows of 4k: the card's 81,920 tokens a step"),
+            long_stories="split",
+            reasons=(
+                "OLMoE's whole 4k context",
+                "2 x 10 rows of 4k: the card's 81,920 tokens a step",
+                "stories beyond the context are split, each part with its instruction block: no reply is lost",
+            ),
         ),
         replace(
             _CARD,

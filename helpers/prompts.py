@@ -6,9 +6,10 @@ r"""The extended Alpaca chat format of the model card: story ⇄ text, byte for 
 Blocks are separated by one blank line. A prompt for generation ends with `{char}:` and no space, because the first
 generated token carries it.
 
-Safety: a line of a message that could be read as a block header (`### Input:` in any case and spacing) gets a backslash
-in front, so that a user's text can never forge a character's turn. `parse_prompt` takes exactly one off again, so a line
-that had backslashes before is not changed either.
+Safety: a line of a message that could be read as a block header (`### Input:` in any case, spacing and number of #) gets a
+backslash in front, so that a user's text can never forge a character's turn. `parse_prompt` takes exactly one off again, so a
+line that had backslashes before is not changed either. Headers in look-alike characters, and names that read like a header,
+are refused when a Story is made (helpers/schema.py). The chat template does the same to the messages that it is given.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from helpers.lengths import rank
-from helpers.stories import Message, Pair, Story, StoryError, check_text
+from helpers.lengths import LENGTHS, rank
+from helpers.schema import BLANKS, Message, Pair, Story, StoryError, check_text, is_header
 
 Kind = Literal["instruction", "input", "header", "reply"]
 Lengths = Sequence[str | None] | None
@@ -34,23 +35,25 @@ CLOSING_SHORT = (
     "Do not write dialogues and narration for {user}."
 )
 
-_BLOCK = r"#+[ \t]*(?:instruction|input|response)\b"
-_MESSAGE_LINE = re.compile(rf"^(?=[ \t\\]*{_BLOCK})", re.I | re.M)
-_FIELD_LINE = re.compile(rf"^(?=[ \t\\]*(?:{_BLOCK}|[^\n]*'s Persona:|Scenario:|Play the role of ))", re.I | re.M)
+
+def _is_field(line: str) -> bool:
+    """Could this line of a persona or scenario pass for a field of the instruction block, or for a header?"""
+    bare = line.lstrip(BLANKS + "\\").lower()
+    return is_header(line) or bare.startswith(("scenario:", "play the role of ")) or "'s persona:" in bare
 
 
-def _unescaper(escaper: re.Pattern) -> re.Pattern:
-    return re.compile(escaper.pattern.replace(r"^(?=", r"^\\(?=", 1), escaper.flags)
+def escape(text: str, fields: bool = False) -> str:
+    """Put a backslash before every line that could be taken for a block header (or a field, in personas and scenarios)."""
+    if not fields and "#" not in text:
+        return text
+    marked = _is_field if fields else is_header
+    return "\n".join("\\" + line if marked(line) else line for line in text.split("\n"))
 
 
-def escape(text: str, pattern: re.Pattern = _MESSAGE_LINE) -> str:
-    """Put a backslash before every line that could be taken for a block header."""
-    return pattern.sub(lambda _: "\\", text)
-
-
-def unescape(text: str, pattern: re.Pattern = _MESSAGE_LINE) -> str:
+def unescape(text: str, fields: bool = False) -> str:
     """Inverse of `escape`."""
-    return _unescaper(pattern).sub("", text)
+    marked = _is_field if fields else is_header
+    return "\n".join(line[1:] if line[:1] == "\\" and marked(line) else line for line in text.split("\n"))
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Segment:
 def instruction(story: Story, closing: str = CLOSING) -> str:
     """The system block: personas, scenario and the closing sentence."""
     char, user = story.names
-    persona = [escape(p, _FIELD_LINE) for p in story.personas]
-    scenario = escape(story.scenario, _FIELD_LINE)
+    persona = [escape(p, fields=True) for p in story.personas]
+    scenario = escape(story.scenario, fields=True)
     return (
         f"### Instruction:\n{char}'s Persona: {persona[0]}\n\n{user}'s Persona: {persona[1]}\n\nScenario: {scenario}\n\n"
         + closing.format(char=char, user=user)
@@ -108,19 +111,21 @@ def format_story(story: Story, lengths: Lengths = None, closing: str = CLOSING) 
     return "".join(s.text for s in segments(story, lengths, closing))
 
 
-def generation_segments(story: Story, length: str | None = None, history: Lengths = None) -> list[Segment]:
+def generation_segments(
+    story: Story, length: str | None = None, history: Lengths = None, closing: str = CLOSING
+) -> list[Segment]:
     """Segments of a prompt that asks for the character's next reply; the last one ends with `{char}:`.
 
     `length` is the modifier of the reply to come, `history` those of the replies already given.
     """
     if story.messages and story.messages[-1].speaker == "character":
         raise ValueError("the last message is already the character's: use story.before_reply(i) or add a user message")
-    return [*segments(story, history), Segment("\n\n" + response_header(story.names.character, length), False, "header")]
+    return [*segments(story, history, closing), Segment("\n\n" + response_header(story.names.character, length), False, "header")]
 
 
-def generation_prompt(story: Story, length: str | None = None, history: Lengths = None) -> str:
+def generation_prompt(story: Story, length: str | None = None, history: Lengths = None, closing: str = CLOSING) -> str:
     """Prompt text for the character's next reply, ending with `{char}:` and no space."""
-    return "".join(s.text for s in generation_segments(story, length, history))
+    return "".join(s.text for s in generation_segments(story, length, history, closing))
 
 
 def stop_strings(story: Story) -> list[str]:
@@ -130,39 +135,112 @@ def stop_strings(story: Story) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------- chat template
 
-# The format as a Jinja chat template for transformers. `char` and `user` are the names; an assistant message may carry its
-# modifier as `length`; `length` beside the messages is the one for the reply to come. The system message holds everything
-# of the instruction block below its header. {% generation %} marks what is trained (return_assistant_tokens_mask).
-CHAT_TEMPLATE = """\
-{%- set char = char if char is defined else 'Character' -%}
-{%- set user = user if user is defined else 'User' -%}
-{{- bos_token if bos_token else '' -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{{- '### Instruction:\\n' + message['content'] -}}
-{%- elif message['role'] == 'user' -%}
-{{- '\\n\\n### Input:\\n' + user + ': ' + message['content'] -}}
-{%- else -%}
-{%- set modifier = ' (length = ' + message['length'] + ')' if message['length'] else '' -%}
-{{- '\\n\\n### Response:' + modifier + '\\n' + char + ':' -}}
-{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+# Arguments beside the messages: `char` and `user` are the names, `length` the modifier of the reply to come. The instruction
+# block comes from a system message (everything below its header), or from `persona`, `user_persona` and `scenario`. An assistant
+# message may carry its own modifier as `length`. {% generation %} marks what is trained (return_assistant_tokens_mask).
+# `safe` is `escape` in Jinja; a system message may be escaped already, so there only bare headers get their backslash.
+_TEMPLATE = r"""
+{%- set char = char if char is defined and char else 'Character' -%}
+{%- set user = user if user is defined and user else 'User' -%}
+{%- set length = length if length is defined else none -%}
+{%- set bos_token = bos_token if bos_token is defined else '' -%}
+{%- set blanks = '@BLANKS@' -%}
+{%- set letters = 'abcdefghijklmnopqrstuvwxyz0123456789_' -%}
+{%- macro safe(text, fields, escaped) -%}
+{%- for token in [bos_token, eos_token] -%}
+{%- if token and token in text -%}{{- raise_exception('a text contains the special token ' + token) -}}{%- endif -%}
+{%- endfor -%}
+{%- for line in text.split('\n') -%}
+{%- set bare = line.lstrip(blanks + ('' if escaped else '\\')) -%}
+{%- set rest = bare.lstrip('#').lstrip(blanks).lower() -%}
+{%- set found = namespace(mark=false) -%}
+{%- if bare[:1] == '#' -%}
+{%- for word, end in [('instruction', 11), ('input', 5), ('response', 8)] -%}
+{%- set after = rest[end:end + 1] -%}
+{%- if rest.startswith(word) and (not after or after not in letters) -%}{%- set found.mark = true -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if fields -%}
+{%- set low = bare.lower() -%}
+{%- if low.startswith('scenario:') or low.startswith('play the role of ') or "'s persona:" in low -%}
+{%- set found.mark = true -%}
+{%- endif -%}
+{%- endif -%}
+{{- ('' if loop.first else '\n') + ('\\' if found.mark else '') + line -}}
+{%- endfor -%}
+{%- endmacro -%}
+{%- macro header(wanted) -%}
+{%- if wanted and wanted not in [@LENGTHS@] -%}
+{{- raise_exception('unknown length ' + wanted + ': use one of @NAMES@, or none') -}}
+{%- endif -%}
+{{- '\n\n### Response:' + (' (length = ' + wanted + ')' if wanted else '') + '\n' + char + ':' -}}
+{%- endmacro -%}
+{%- for name in [char, user] -%}
+{%- if '\n' in name or ':' in name or safe(name, false, false) != name -%}
+{{- raise_exception('a name has no colon and no line break, and is not a block header: ' + name) -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '\\n\\n### Response:' + (' (length = ' + length + ')' if length else '') + '\\n' + char + ':' -}}
-{%- endif -%}"""
+{{- bos_token if bos_token else '' -}}
+{%- if scenario is defined and scenario -%}
+{{- '### Instruction:\n' + char + "'s Persona: " + safe(persona | trim, true, false) + '\n\n' -}}
+{{- user + "'s Persona: " + safe(user_persona | trim, true, false) + '\n\nScenario: ' -}}
+{{- safe(scenario | trim, true, false) + '\n\n@CLOSING@' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{{- '### Instruction:\n' + safe(message['content'] | trim, false, true) -}}
+{%- elif message['role'] == 'user' -%}
+{{- '\n\n### Input:\n' + user + ': ' + safe(message['content'] | trim, false, false) -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- header(message['length'] if 'length' in message else none) -}}
+{%- generation -%}{{- ' ' + safe(message['content'] | trim, false, false) + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception('unknown role ' + message['role'] + ': use system, user or assistant') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- header(length) -}}{%- endif -%}
+"""
 
 
-def chat_messages(story: Story, lengths: Lengths = None) -> list[dict[str, str]]:
-    """The story as `messages` for CHAT_TEMPLATE (with char=, user= and length= as arguments), already escaped."""
-    modifiers = iter(lengths or [None] * len(story.replies))
-    messages = [{"role": "system", "content": instruction(story).removeprefix("### Instruction:\n")}]
+def chat_template(closing: str = CLOSING) -> str:
+    """The format as a Jinja chat template for transformers, byte-identical to `generation_prompt`."""
+    said = closing.replace("{char}", "' + char + '").replace("{user}", "' + user + '")
+    values = {
+        "@BLANKS@": BLANKS.encode("unicode_escape").decode(),
+        "@LENGTHS@": ", ".join(f"'{name}'" for name in LENGTHS),
+        "@NAMES@": ", ".join(LENGTHS),
+        "@CLOSING@": said,
+    }
+    return re.sub("@[A-Z]+@", lambda key: values[key[0]], _TEMPLATE.strip())
+
+
+CHAT_TEMPLATE = chat_template()
+
+
+def chat_messages(story: Story, lengths: Lengths = None, system: bool = True, closing: str = CLOSING) -> list[dict[str, Any]]:
+    """The story as `messages` for the chat template, in plain text; `chat_arguments` gives what stands beside them.
+
+    With `system=False` the instruction block is left to the template (`chat_arguments(story, setting=True)`).
+    """
+    replies = len(story.replies)
+    modifiers = iter([None] * replies if lengths is None else lengths)
+    head = instruction(story, closing).removeprefix("### Instruction:\n")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": head}] if system else []
     for m in story.messages:
-        message = {"role": "user" if m.speaker == "user" else "assistant", "content": escape(m.text)}
+        message = {"role": "user" if m.speaker == "user" else "assistant", "content": m.text}
         if m.speaker == "character" and (length := next(modifiers)):
             message["length"] = length
         messages.append(message)
     return messages
+
+
+def chat_arguments(story: Story, setting: bool = False) -> dict[str, str]:
+    """Names, and with `setting` also personas and scenario, as keyword arguments for `apply_chat_template`."""
+    arguments = {"char": story.names.character, "user": story.names.user}
+    if setting:
+        persona = {"persona": story.personas.character, "user_persona": story.personas.user}
+        arguments |= persona | {"scenario": story.scenario}
+    return arguments
 
 
 # ---------------------------------------------------------------------------------------------------------- parsing
@@ -219,7 +297,7 @@ def _parse_instruction(head: str) -> Story:
     if not (found and found_too):
         raise ValueError(f"block 0: no persona of {user!r} or no scenario after it")
     try:
-        personas = Pair(unescape(first, _FIELD_LINE), unescape(second, _FIELD_LINE))
-        return Story(Pair(char, user), personas, unescape(scenario, _FIELD_LINE), ())
+        personas = Pair(unescape(first, fields=True), unescape(second, fields=True))
+        return Story(Pair(char, user), personas, unescape(scenario, fields=True), ())
     except StoryError as error:
         raise ValueError(f"block 0: {error}") from None

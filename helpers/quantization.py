@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -145,6 +145,12 @@ def load_4bit(
         raise ValueError(f"{path_or_id} is already quantised with another method: load the unquantised model instead")
     model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, **kwargs)
     model.set_experts_implementation(experts.NAME)
+    if dtype == torch.float32:
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in eval mode and multiply in bf16: not what
+                # was asked for, and other numbers than on the next machine.
+                module.support_avx512bf16_for_cpu = False
     audit(model).check()
     return model
 

@@ -10,13 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from helpers.evaluation import LengthTable
+from helpers.interchange import axolotl_config, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
 from helpers.lengths import LENGTHS, word_range
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE, CLOSING, response_header
 from helpers.training import load_result, profile_of, write_json
 
-TARGETS = ("chat_template", "sillytavern", "koboldcpp", "ollama")
+TARGETS = ("chat_template", "sillytavern", "koboldcpp", "ollama", "axolotl")
 
 
 def evaluations(run_dir: Path) -> list[LengthTable]:
@@ -109,85 +112,41 @@ def export(run_dir: str | Path, target: str) -> Path:
     """Write what another program needs to speak this format into `run_dir/export/`; returns the file or folder.
 
     chat_template: Jinja for transformers. sillytavern: context, instruct and system-prompt presets. koboldcpp: a chat
-    adapter whose last assistant tag carries the modifier. ollama: a Modelfile.
+    adapter whose last assistant tag carries the modifier. ollama: a Modelfile. axolotl: the run's recipe as YAML. The presets put
+    the end-of-sequence token after each finished reply, where training put it.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: use one of {', '.join(TARGETS)}")
     run_dir = Path(run_dir)
     folder = run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
+    end = _end_of_reply(run_dir / "adapter")
     if target == "chat_template":
         path = folder / "chat_template.jinja"
         path.write_text(CHAT_TEMPLATE, encoding="utf-8")
         if (run_dir / "adapter").is_dir():  # transformers reads it from the tokenizer's folder
             shutil.copy(path, run_dir / "adapter" / path.name)
-        return path
-    if target == "sillytavern":
+    elif target == "sillytavern":
         path = folder / "sillytavern"
         path.mkdir(exist_ok=True)
-        for kind, preset in sillytavern_presets().items():
+        for kind, preset in sillytavern_presets(end=end).items():
             write_json(path / f"{kind}.json", preset)
-        return path
-    if target == "koboldcpp":
+    elif target == "koboldcpp":
         path = folder / "koboldcpp_adapter.json"
-        write_json(path, koboldcpp_adapter())
-        return path
-    path = folder / "Modelfile"
-    path.write_text(ollama_modelfile(), encoding="utf-8")
+        write_json(path, koboldcpp_adapter(end=end))
+    elif target == "ollama":
+        path = folder / "Modelfile"
+        path.write_text(ollama_modelfile(end=end), encoding="utf-8")
+    else:
+        path = folder / "axolotl.yaml"
+        path.write_text(yaml.safe_dump(axolotl_config(profile_of(run_dir)), sort_keys=False), encoding="utf-8")
     return path
 
 
-def sillytavern_presets(name: str = "Length-controlled Alpaca", length: str = "medium") -> dict[str, dict[str, Any]]:
-    """The three preset files. Old and new field names stand side by side: 1.10 to 1.15 read the ones they know.
-
-    The instruction header stands in the story string, because 1.13 and later drop `system_sequence_prefix`.
-    """
-    closing = CLOSING.format(char="{{char}}", user="{{user}}")
-    story = (
-        "### Instruction:\n{{char}}'s Persona: {{description}}{{#if personality}} {{personality}}{{/if}}\n\n"
-        "{{user}}'s Persona: {{persona}}\n\nScenario: {{scenario}}\n\n{{system}}\n"
-    )
-    return {
-        "context": {"name": name, "story_string": story, "chat_start": "", "example_separator": "", "trim_sentences": False},
-        "instruct": {
-            "name": name,
-            "input_sequence": "\n### Input:",
-            "output_sequence": "\n### Response:",
-            "last_output_sequence": f"\n### Response: (length = {length})",
-            "system_sequence": "",
-            "stop_sequence": "",
-            "separator_sequence": "",
-            "input_suffix": "\n",
-            "output_suffix": "\n",
-            "wrap": True,
-            "macro": True,
-            "names": True,
-            "names_behavior": "always",
-            "activation_regex": "",
-        },
-        "sysprompt": {"name": name, "content": closing},
-    }
-
-
-def koboldcpp_adapter(length: str = "medium") -> dict[str, str]:
-    """Chat adapter: `assistant_gen` replaces the last assistant tag only, which is where the modifier belongs."""
-    return {
-        "system_start": "### Instruction:\n",
-        "system_end": "",
-        "user_start": "\n\n### Input:\n",
-        "user_end": "",
-        "assistant_start": "\n\n### Response:\n",
-        "assistant_end": "",
-        "assistant_gen": f"\n\n### Response: (length = {length})\n",
-    }
-
-
-def ollama_modelfile(length: str = "medium") -> str:
-    """Template and stop strings; FROM must name a GGUF file of the merged model. Names go into the messages."""
-    return (
-        "FROM ./model.gguf\n"
-        'TEMPLATE """### Instruction:\n{{ .System }}{{ range .Messages }}{{ if eq .Role "user" }}\n\n### Input:\n{{ .Content }}'
-        '{{ else if eq .Role "assistant" }}\n\n### Response:\n{{ .Content }}{{ end }}{{ end }}\n\n'
-        f'### Response: (length = {length})\n"""\n'
-        'PARAMETER stop "\\n### Input:"\nPARAMETER stop "\\n### Response:"\n'
-    )
+def _end_of_reply(adapter: Path) -> str:
+    """The end-of-sequence token that this adapter was trained to put after each reply; nothing before it is trained."""
+    file = adapter / "tokenizer_config.json"
+    if not file.is_file():
+        return ""
+    token = json.loads(file.read_text(encoding="utf-8")).get("eos_token") or ""
+    return token["content"] if isinstance(token, dict) else token

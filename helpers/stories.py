@@ -1,6 +1,6 @@
-"""Stories: two-person role-play chats, read from YAML, checked and cleaned.
+"""Stories from files: YAML (one story a file) and JSON lines (one story a line), checked and cleaned.
 
-One story a file. `<FIRST>` is the character that the model plays, `<SECOND>` the user:
+`<FIRST>` is the character that the model plays, `<SECOND>` the user:
 
     names:    {<FIRST>: Ferro, <SECOND>: Ana}
     persona:  {<FIRST>: "…", <SECOND>: "…"}          # older files say personas
@@ -8,189 +8,221 @@ One story a file. `<FIRST>` is the character that the model plays, `<SECOND>` th
     conversation:
       - {name: <SECOND>, text: "…"}
 
-The YAML is composed into nodes and walked by hand: every problem can name its line, and tags, aliases and duplicate keys
-(the ways in which YAML does more than it shows) are refused instead of resolved.
+Every problem names its file, line and field. The YAML is read as a stream of events into plain nodes of limited depth: tags,
+aliases and duplicate keys (the ways in which YAML does more than it shows) are refused instead of resolved, all values are
+text ("No" stays "No"), and nothing recurses (libyaml's own composer overflows the C stack on 100,000 brackets).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
 import yaml
 
-MAX_FILE_BYTES = 2_000_000  # a 10k-token story has about 50 kB
-PLACEHOLDERS = {"<FIRST>": "character", "<SECOND>": "user"}
-Speaker = Literal["character", "user"]
+from helpers.schema import (  # the schema's names belong to this module's interface
+    PLACEHOLDERS as PLACEHOLDERS,
+)
+from helpers.schema import (
+    Message as Message,
+)
+from helpers.schema import (
+    Pair as Pair,
+)
+from helpers.schema import (
+    Story as Story,
+)
+from helpers.schema import (
+    StoryError as StoryError,
+)
+from helpers.schema import (
+    check_name as check_name,
+)
+from helpers.schema import (
+    check_text as check_text,
+)
+from helpers.schema import (
+    clean as clean,
+)
+from helpers.schema import (
+    is_header as is_header,
+)
+from helpers.schema import (
+    reply_table as reply_table,
+)
+
+MAX_STORY_BYTES = 2_000_000  # a 10k-token story has about 50 kB
+MAX_DEPTH = 8  # a story has three levels
+YAML_SUFFIXES, LINES_SUFFIXES = (".yaml", ".yml"), (".jsonl", ".ndjson")
+SCHEMA = "see the schema in data_samples/README.md"
 
 
-class StoryError(ValueError):
-    """One sentence: where (file, line, field), what is wrong, what to do."""
+class StoryErrors(StoryError):
+    """Several stories cannot be read; `problems` has a StoryError for each, the message a line."""
 
-    def __init__(self, problem: str, todo: str, *, file: str = "", line: int | None = None, field: str = ""):
-        self.file, self.line, self.field, self.problem, self.todo = file, line, field, problem, todo
-        place = f"{file}:{line}" if line and file else file or (f"line {line}" if line else "")
-        super().__init__(": ".join(p for p in (place, field, f"{problem}; {todo}") if p))
+    SHOWN = 20
 
+    def __init__(self, problems: list[StoryError], read: int):
+        self.problems, self.read = problems, read
+        super().__init__(f"{len(problems)} of {len(problems) + read} stories cannot be read", "see the list")
+        more = [f"… and {len(problems) - self.SHOWN} more"] * (len(problems) > self.SHOWN)
+        self.args = ("\n  ".join([f"{self.problem}:", *map(str, problems[: self.SHOWN]), *more]),)
 
-class Pair(NamedTuple):
-    """A value for each of the two people."""
-
-    character: str
-    user: str
-
-
-@dataclass(frozen=True)
-class Message:
-    speaker: Speaker
-    text: str
-
-
-@dataclass(frozen=True)
-class Story:
-    """A chat with its setting. Invariants are checked on creation, so every Story can be formatted and parsed back."""
-
-    names: Pair
-    personas: Pair
-    scenario: str
-    messages: tuple[Message, ...]
-    source: str = field(default="", compare=False)
-    repairs: tuple[str, ...] = field(default=(), compare=False)  # what cleaning changed in structure
-
-    def __post_init__(self):
-        object.__setattr__(self, "names", Pair(*self.names))
-        object.__setattr__(self, "personas", Pair(*self.personas))
-        object.__setattr__(self, "messages", tuple(self.messages))
-        for who, name in self.names._asdict().items():
-            check_name(name, f"names.{who}")
-        if self.names.character.casefold() == self.names.user.casefold():
-            raise StoryError(f"both people are called {self.names.user!r}", "give them two names", field="names")
-        texts = {"scenario": self.scenario, "persona.character": self.personas.character, "persona.user": self.personas.user}
-        texts |= {f"conversation[{i}].text": m.text for i, m in enumerate(self.messages)}
-        for where, text in texts.items():
-            check_text(text, where)
-        for i, m in enumerate(self.messages):
-            if m.speaker not in ("character", "user"):
-                raise StoryError(f"unknown speaker {m.speaker!r}", "use 'character' or 'user'", field=f"conversation[{i}]")
-
-    @property
-    def replies(self) -> list[Message]:
-        """The character's messages, in order: what a model is trained to write."""
-        return [m for m in self.messages if m.speaker == "character"]
-
-    def name_of(self, speaker: Speaker) -> str:
-        return getattr(self.names, speaker)
-
-    def before_reply(self, index: int) -> Story:
-        """The story up to, not including, the character's reply number `index` (0 = the first)."""
-        at = [i for i, m in enumerate(self.messages) if m.speaker == "character"][index]
-        return Story(self.names, self.personas, self.scenario, self.messages[:at], self.source)
-
-
-def check_name(name: str, where: str) -> None:
-    if not isinstance(name, str) or not name.strip():
-        raise StoryError("a name is empty", "give both people a name", field=where)
-    if name != name.strip() or any(c in ":\n<>\\" for c in name) or _first_control(name):
-        raise StoryError(
-            f"{name!r} cannot be a name", "names have no colon, line break, <, >, backslash or outer spaces", field=where
-        )
-
-
-def check_text(text: str, where: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise StoryError("the text is empty", "write something or remove the entry", field=where)
-    if text != text.strip():
-        raise StoryError("the text begins or ends with white space", "strip it", field=where)
-    if bad := _first_control(text.replace("\n", "")):
-        raise StoryError(f"control character U+{ord(bad):04X}", "remove it", field=where)
-
-
-def _first_control(text: str) -> str | None:
-    """The first control, bidirectional-override, line-separator or surrogate character (ordinary \\n excepted by callers)."""
-    if text.isascii() and text.isprintable():
-        return None
-    for c in text:
-        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069":
-            return c
-    return None
-
-
-# The original dataset builder's clean-up, in its order (typography that differs between writers, not their words).
-_CLEANING = [
-    (re.compile(r"\r\n?"), "\n"),
-    (re.compile("[\u201c\u201d]"), '"'),
-    (re.compile("[\u2018\u2019]"), "'"),
-    (re.compile("\u2026"), "..."),
-    (re.compile(r"---"), "\u2014"),
-    (re.compile(r"(?<=\w)\.{2,}(?=\w)"), "... "),  # his stop at eight dots and skip every other one of a..b..c
-    (re.compile(r"(?<=\w)\.{3,}"), "..."),
-    (re.compile(r"[ \t\u00a0]+"), " "),
-    (re.compile(r" ([!?])"), r"\1"),
-    (re.compile(r" *\n *"), "\n"),
-    (re.compile(r"\n{3,}"), "\n\n"),
-]
-
-
-def clean(text: str) -> str:
-    """Straight quotes, plain dots, single spaces, no trailing blanks. Idempotent."""
-    for pattern, replacement in _CLEANING:
-        text = pattern.sub(replacement, text)
-    return text.strip()
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
+    def __reduce__(self):
+        return StoryErrors, (self.problems, self.read)
 
 
 def load_stories(path: str | Path, problems: list[StoryError] | None = None) -> list[Story]:
-    """All stories of a `.yaml` file or of a folder (recursively, in name order).
+    """All stories of a `.yaml` or `.jsonl` file, or of a folder of such files (recursively, in name order).
 
-    Without `problems` the first bad story raises its StoryError. With a list, bad stories are left out, each with its
-    StoryError appended, and the good ones are returned.
+    A bad story never stops the others. Without `problems`, StoryErrors lists all that is wrong once everything has been
+    read (a StoryError, if it is one thing); with a list, each StoryError is appended to it and the good stories are returned.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file())
-        if not files:
-            raise StoryError("no .yaml file in this folder", "point at a folder of stories", file=str(path))
-    elif path.is_file():
-        files = [path]
-    else:
-        raise StoryError("no such file or folder", "check the path", file=str(path))
-    stories = []
-    for file in files:
-        try:
-            stories.append(load_story(file))
-        except StoryError as error:
-            if problems is None:
-                raise
-            problems.append(error)
+    found: list[StoryError] = []
+    stories: list[Story] = []
+    for item in _read(path):
+        (found if isinstance(item, StoryError) else stories).append(item)
+    if problems is not None:
+        problems += found
+    elif found:
+        raise found[0] if len(found) == 1 else StoryErrors(found, len(stories))
     return stories
 
 
 def load_story(file: str | Path) -> Story:
-    """One story from one YAML file; StoryError for anything that is not one."""
+    """The story of a YAML file; StoryError for anything that is not one."""
+    result = next(_read_yaml(Path(file)))
+    if isinstance(result, StoryError):
+        raise result
+    return result
+
+
+def save_stories(stories: Iterable[Story], file: str | Path) -> Path:
+    """Write stories as JSON lines, one a line, in the schema of the YAML files; atomic."""
     file = Path(file)
+    if file.suffix not in LINES_SUFFIXES:
+        raise ValueError(f"{file}: JSON lines belong into a file that ends with {' or '.join(LINES_SUFFIXES)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    with part.open("w", encoding="utf-8", newline="\n") as out:
+        for story in stories:
+            out.write(json.dumps(story.record(), ensure_ascii=False) + "\n")
+    os.replace(part, file)
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------- files and folders
+
+
+def _read(path: Path) -> Iterator[Story | StoryError]:
     try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise StoryError(f"{size / 1e6:.0f} MB is too large for one story", "split the file", file=str(file))
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise StoryError(f"byte {error.start} is not UTF-8", "save the file as UTF-8", file=str(file), line=line) from None
+        if path.is_dir():
+            suffixes = YAML_SUFFIXES + LINES_SUFFIXES
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            if not files:
+                raise StoryError("no .yaml or .jsonl file in this folder", "point at a folder of stories", file=str(path))
+        elif path.is_file():
+            files = [path]
+        else:
+            raise StoryError("no such file or folder", "check the path", file=str(path))
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        if isinstance(error, StoryError):
+            raise
+        raise StoryError(f"cannot be read ({error})", "check the path", file=str(path)) from None
+    for file in files:
+        yield from (_read_lines if file.suffix.lower() in LINES_SUFFIXES else _read_yaml)(file)
+
+
+def _read_yaml(file: Path) -> Iterator[Story | StoryError]:
+    try:
+        yield parse_story(_text(_bytes(file), str(file)), str(file))
+    except StoryError as error:
+        yield error
+
+
+def _read_lines(file: Path) -> Iterator[Story | StoryError]:
+    """Line by line, so that a file may be larger than the memory."""
+    number, some = 0, False
+    try:
+        with file.open("rb") as lines:
+            while raw := lines.readline(MAX_STORY_BYTES + 1):
+                number += 1
+                try:
+                    if len(raw) > MAX_STORY_BYTES:
+                        while raw and not raw.endswith(b"\n"):
+                            raw = lines.readline(MAX_STORY_BYTES)
+                        raise _too_large(None, str(file), number)
+                    if text := _text(raw, str(file), number).strip():
+                        some = True
+                        yield parse_record_text(text, str(file), number)
+                except StoryError as error:
+                    some = True
+                    yield error
     except OSError as error:
-        raise StoryError(f"cannot be read ({error.strerror})", "check the file", file=str(file)) from None
-    return parse_story(text, str(file))
+        yield StoryError(f"cannot be read ({error.strerror})", "check the file", file=str(file))
+    else:
+        if not some:
+            yield StoryError("the file is empty", "write a story a line into it", file=str(file))
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        if (size := file.stat().st_size) > MAX_STORY_BYTES:
+            raise _too_large(size, str(file))
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, StoryError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise StoryError(f"cannot be read ({why})", "check the file", file=str(file)) from None
+
+
+def _too_large(size: int | None, file: str, line: int | None = None) -> StoryError:
+    much = f"{size / 1e6:.0f} MB" if size else f"more than {MAX_STORY_BYTES / 1e6:.0f} MB"
+    return StoryError(f"{much} is too large for one story", "split it, or save many stories as .jsonl", file=file, line=line)
+
+
+def _text(raw: bytes, file: str, line: int | None = None) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = (line or 1) + raw.count(b"\n", 0, error.start)
+        raise StoryError(f"byte {error.start} is not UTF-8", "save the file as UTF-8", file=file, line=at) from None
+
+
+# ------------------------------------------------------------------------------------------------------ text → nodes
+
+
+@dataclass
+class Node:
+    """A value of a YAML or JSON text with its line: text, a list of nodes, a list of (key, value) pairs, or something else."""
+
+    line: int | None
+    value: str | list[Node] | list[tuple[Node, Node]] | None
+    kind: str  # "text", "list", "mapping", "other"
 
 
 def parse_story(text: str, source: str = "<text>") -> Story:
-    """A story from YAML text."""
+    """A story from YAML text (and so from JSON text)."""
+    fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _nodes(yaml.parse(text, Loader=fast), source)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        if isinstance(error, StoryError):
+            raise
+        root = _careful_nodes(text, source)  # slower, but its messages name the place
+    return _Reader(source).story(root)
+
+
+def _careful_nodes(text: str, source: str) -> Node | None:
+    try:
+        return _nodes(yaml.parse(text, Loader=yaml.SafeLoader), source)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise StoryError(f"control character U+{ord(text[error.position]):04X}", "remove it", file=source, line=line) from None
@@ -199,33 +231,95 @@ def parse_story(text: str, source: str = "<text>") -> Story:
         line = mark.line + 1 if mark else None
         what = getattr(error, "problem", None) or "not valid YAML"
         raise StoryError(f"YAML: {what}", "correct the syntax", file=source, line=line) from None
-    except RecursionError:
-        raise StoryError("YAML is nested too deeply", "a story has three levels", file=source) from None
-    except (ValueError, OverflowError):  # PyYAML lets these out for "\UFFFFFFFF" and a %YAML version of 5,000 digits
+    except (ValueError, OverflowError) as error:  # PyYAML lets these out for "\UFFFFFFFF" and a %YAML version of 5,000 digits
+        if isinstance(error, StoryError):
+            raise
         raise StoryError("YAML: a number is out of range", "look for \\U escapes and % lines", file=source) from None
-    return _Reader(source).story(root)
 
 
-# What PyYAML makes of untagged values: they are all text here ("No" stays "No").
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{t}" for t in ("str", "bool", "int", "float", "null", "timestamp", "merge", "value")}
+def _nodes(events: Iterable[yaml.Event], source: str) -> Node | None:
+    """The one document of an event stream, as nodes; None if there is none."""
+    stack: list[tuple[Node, list[Node]]] = []
+    root: Node | None = None
+    for event in events:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise StoryError("YAML aliases are not used in stories", "write the text out", file=source, line=line)
+        if isinstance(event, yaml.ScalarEvent):
+            known = event.tag in (None, "!", "tag:yaml.org,2002:str")
+            node = Node(line, event.value, "text" if known else "other")
+        elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            if len(stack) == MAX_DEPTH:
+                raise StoryError("YAML is nested too deeply", "a story has three levels", file=source, line=line)
+            kind, tag = ("mapping", "map") if isinstance(event, yaml.MappingStartEvent) else ("list", "seq")
+            known = event.tag in (None, "!", f"tag:yaml.org,2002:{tag}")
+            stack.append((Node(line, [], kind if known else "other"), []))
+            continue
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            node, children = stack.pop()
+            if isinstance(event, yaml.MappingEndEvent):
+                node.value = list(zip(children[::2], children[1::2], strict=True))
+            else:
+                node.value = children
+        elif isinstance(event, yaml.DocumentStartEvent) and root is not None:
+            raise StoryError("YAML: a second document begins", "one story a file", file=source, line=line)
+        else:
+            continue
+        if stack:
+            stack[-1][1].append(node)
+        else:
+            root = node
+    return root
+
+
+def parse_record_text(text: str, source: str = "<text>", line: int | None = None) -> Story:
+    """A story from one line of JSON."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        what = getattr(error, "msg", None) or "nested too deeply"
+        raise StoryError(f"JSON: {what}", "correct the line", file=source, line=line) from None
+    return _Reader(source).story(_json_node(pairs, line))
+
+
+def parse_record(record: Mapping[str, Any], source: str = "<record>") -> Story:
+    """A story from a mapping in the file schema: a row of a `datasets.Dataset`, the inverse of `Story.record`."""
+    return _Reader(source).story(_json_node(record, None))
+
+
+class _Pairs(list):
+    """A JSON object as it was written, duplicate keys included."""
+
+
+def _json_node(value: Any, line: int | None, depth: int = 0) -> Node:
+    if depth > MAX_DEPTH:
+        return Node(line, None, "other")
+    if isinstance(value, str):
+        return Node(line, value, "text")
+    if isinstance(value, (_Pairs, Mapping)):
+        items = value if isinstance(value, _Pairs) else value.items()
+        return Node(line, [(_json_node(k, line), _json_node(v, line, depth + 1)) for k, v in items], "mapping")
+    if isinstance(value, (list, tuple)):
+        return Node(line, [_json_node(v, line, depth + 1) for v in value], "list")
+    return Node(line, None, "other")
+
+
+# ------------------------------------------------------------------------------------------------------ nodes → story
 
 
 class _Reader:
-    """Walks YAML nodes; knows the file, so that each error can name its place."""
+    """Walks nodes; knows the file, so that each error can name its place."""
 
     def __init__(self, source: str):
         self.source = source
-        self.seen: set[int] = set()
 
-    def error(self, node, field: str, problem: str, todo: str) -> StoryError:
-        line = node.start_mark.line + 1 if node is not None else None
-        return StoryError(problem, todo, file=self.source, line=line, field=field)
+    def error(self, node: Node | None, field: str, problem: str, todo: str) -> StoryError:
+        return StoryError(problem, todo, file=self.source, line=node.line if node else None, field=field)
 
-    def mapping(self, node, field: str) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
-            raise self.error(node, field, "expected a mapping", "see the schema in data_samples/README.md")
-        self.once(node, field)
-        result: dict[str, yaml.Node] = {}
+    def mapping(self, node: Node, field: str) -> dict[str, Node]:
+        if node.kind != "mapping":
+            raise self.error(node, field, "expected a mapping", SCHEMA)
+        result: dict[str, Node] = {}
         for key, value in node.value:
             name = self.text(key, field or "key")
             if name in result:
@@ -233,19 +327,12 @@ class _Reader:
             result[name] = value
         return result
 
-    def once(self, node, field: str) -> None:
-        """An alias yields the same node twice. Refusing it also defuses exponential 'YAML bombs'."""
-        if id(node) in self.seen:
-            raise self.error(node, field, "YAML aliases are not used in stories", "write the text out")
-        self.seen.add(id(node))
-
-    def text(self, node, field: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
+    def text(self, node: Node, field: str) -> str:
+        if node.kind != "text":
             raise self.error(node, field, "expected text", "write a quoted string or a block (|-)")
-        self.once(node, field)
         return node.value
 
-    def pair(self, node, field: str) -> tuple[Pair, dict[str, yaml.Node]]:
+    def pair(self, node: Node, field: str) -> tuple[Pair, dict[str, Node]]:
         values = self.mapping(node, field)
         for key in PLACEHOLDERS:
             if key not in values:
@@ -255,24 +342,26 @@ class _Reader:
                 raise self.error(values[key], field, f"unknown person {key!r}", "use <FIRST> and <SECOND>")
         return Pair(*(clean(self.text(values[k], f"{field}.{k}")) for k in PLACEHOLDERS)), values
 
-    def story(self, root) -> Story:
+    def story(self, root: Node | None) -> Story:
         if root is None:
             raise StoryError("the file is empty", "write a story into it", file=self.source)
         fields = self.mapping(root, "")
-        if "persona" not in fields and "personas" in fields:
+        if "personas" in fields:
+            if "persona" in fields:
+                raise self.error(fields["personas"], "personas", "persona is given as well", "keep one of the two spellings")
             fields["persona"] = fields.pop("personas")
         for name in ("names", "persona", "scenario", "conversation"):
             if name not in fields:
-                raise self.error(root, name, "this field is missing", "see the schema in data_samples/README.md")
+                raise self.error(root, name, "this field is missing", SCHEMA)
         names, name_nodes = self.pair(fields["names"], "names")
         for key, name in zip(PLACEHOLDERS, names, strict=True):
             self.checked(check_name, name, name_nodes[key], f"names.{key}")
 
-        def resolved(raw: str, node, where: str) -> str:
+        def resolved(raw: str, node: Node, where: str) -> str:
             for key, name in zip(PLACEHOLDERS, names, strict=True):
                 raw = raw.replace(key, name)
             text = clean(raw)
-            if left := re.search(r"<[A-Z]+>", text):
+            if left := _UNRESOLVED.search(text):
                 raise self.error(node, where, f"{left[0]} stands for nobody", "use <FIRST> or <SECOND>")
             self.checked(check_text, text, node, where)
             return text
@@ -286,10 +375,9 @@ class _Reader:
         except StoryError as error:
             raise self.error(fields["names"], error.field, error.problem, error.todo) from None
 
-    def messages(self, node, resolved) -> tuple[list[Message], list[str]]:
-        if not isinstance(node, yaml.SequenceNode) or node.tag != "tag:yaml.org,2002:seq":
+    def messages(self, node: Node, resolved: Callable[[str, Node, str], str]) -> tuple[list[Message], list[str]]:
+        if node.kind != "list":
             raise self.error(node, "conversation", "expected a list", "write '- name: …' entries")
-        self.once(node, "conversation")
         messages: list[Message] = []
         repairs: list[str] = []
         for i, item in enumerate(node.value):
@@ -305,22 +393,19 @@ class _Reader:
             speaker = PLACEHOLDERS[who]
             if messages and messages[-1].speaker == speaker:
                 messages[-1] = Message(speaker, messages[-1].text + "\n\n" + text)
-                repairs.append(f"line {item.start_mark.line + 1}: joined to the turn before, which has the same speaker")
+                place = f"line {item.line}" if item.line else where
+                repairs.append(f"{place}: joined to the turn before, which has the same speaker")
             else:
                 messages.append(Message(speaker, text))
         if not any(m.speaker == "character" for m in messages):
             raise self.error(node, "conversation", "<FIRST> never speaks", "a story needs a reply to learn from")
         return messages, repairs
 
-    def checked(self, check, value: str, node, where: str) -> None:
+    def checked(self, check: Callable[[str, str], None], value: str, node: Node, where: str) -> None:
         try:
             check(value, where)
         except StoryError as error:
             raise self.error(node, where, error.problem, error.todo) from None
 
 
-def reply_table(stories: list[Story]) -> Iterator[dict]:
-    """One row a message: story, speaker, words. The table behind the dataset tour's figures."""
-    for number, story in enumerate(stories):
-        for turn, m in enumerate(story.messages):
-            yield {"story": number, "turn": turn, "speaker": m.speaker, "words": len(m.text.split())}
+_UNRESOLVED = re.compile(r"<(?:[A-Z]+|[Ff]irst|[Ss]econd)>")

@@ -325,7 +325,7 @@ def train(
         return load_result(run_dir)
     tokenizer = AutoTokenizer.from_pretrained(profile.base_path)
     labelled = stories if stories and isinstance(stories[0], tuple) else labelled_stories(profile, stories)
-    corpus = build_corpus(labelled, tokenizer, profile.context)
+    corpus = build_corpus(labelled, tokenizer, profile.context, long=profile.long_stories)
     wanted = settings(profile, corpus)
     if not resume and (run_dir / "run.json").exists():
         raise FileExistsError(f"{run_dir} already holds a run: resume it, or use another folder")

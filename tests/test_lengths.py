@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.lengths import BOUNDS, LENGTHS, count_words, label_replies, length_class, rank, word_range
+from helpers.lengths import (
+    BOUNDS,
+    LENGTHS,
+    OURS,
+    OVERLAPPING,
+    Scheme,
+    count_words,
+    label_replies,
+    length_class,
+    rank,
+    word_range,
+)
 from helpers.stories import Message, Pair, Story
 
 NAMES = ["micro", "tiny", "short", "medium", "long", "massive", "huge", "enormous", "humongous", "unlimited"]
@@ -87,3 +98,58 @@ def test_labels_follow_from_the_generator():
     assert label_replies(text) == label_replies(text)
     assert label_replies(text, rng=random.Random(1)) == label_replies(text, rng=random.Random(1))
     assert label_replies(text, rng=random.Random(1)) != label_replies(text, rng=random.Random(2))
+
+
+# ---------------------------------------------------------------------------------------------------------- schemes
+
+
+def test_our_scheme_is_length_class():
+    assert [OURS.fitting("w " * n) for n in range(1, 400)] == [[length_class("w " * n)] for n in range(1, 400)]
+    assert OURS.fitting("") == ["micro"] and OURS.names == LENGTHS
+
+
+def test_overlap_gives_neighbours_too_and_draws_among_them():
+    wide = Scheme.from_bounds(overlap=0.25, omit=0.0)
+    for n in range(1, 400):
+        names = wide.fitting("w " * n)
+        places = [rank(name) for name in names]
+        assert length_class("w " * n) in names and places == list(range(places[0], places[-1] + 1))
+    border = "w " * BOUNDS[4]
+    assert wide.fitting(border) == [LENGTHS[4], LENGTHS[5]]
+    drawn = [wide.draw(border, random.Random(k)) for k in range(400)]
+    assert drawn.count(LENGTHS[4]) == pytest.approx(200, abs=40)
+
+
+def test_units():
+    characters = Scheme.from_bounds([b * 6 for b in BOUNDS], unit="characters", omit=0.0)
+    assert characters.draw("x" * 30, random.Random(0)) == "tiny" and characters.draw("x" * 29, random.Random(0)) == "micro"
+    lines = Scheme(("one", "more"), ((0, 1), (1, None)), unit=lambda text: text.count("\n"), omit=0.0)
+    assert lines.draw("a", random.Random(0)) == "one" and lines.draw("a\nb", random.Random(0)) == "more"
+    assert label_replies(story(3, 15), scheme=characters, omit=0.0) == ["micro", "short"]
+
+
+def test_the_overlapping_alternative():
+    """Half-open ranges, as published: 30 words are no longer microscopic, 500 have no descriptor."""
+    assert OVERLAPPING.fitting("w " * 29) == ["microscopic", "tiny"] and OVERLAPPING.fitting("w " * 30) == ["tiny"]
+    assert OVERLAPPING.fitting("w " * 220) == ["long", "lengthy", "extended"]
+    assert OVERLAPPING.fitting("w " * 499) == ["extremely long"] and OVERLAPPING.fitting("w " * 500) == []
+    labels = label_replies(story(*[50] * 3000, 700), rng=random.Random(0), scheme=OVERLAPPING)
+    assert labels[-1] is None and set(labels) == {"tiny", "quite short", "concise", None}
+    assert labels.count(None) / len(labels) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Scheme(("a", "b"), ((0, 5),)),
+        lambda: Scheme(("a",), ((5, 5),)),
+        lambda: Scheme(("a",), ((0, 5),), unit="tokens"),
+        lambda: Scheme(("a",), ((0, 5),), omit=1.5),
+        lambda: Scheme.from_bounds([1, 2, 3]),
+        lambda: Scheme.from_bounds([9, 8, 7, 6, 5, 4, 3, 2, 1]),
+        lambda: Scheme.from_bounds(overlap=-0.1),
+    ],
+)
+def test_senseless_schemes_are_refused(make):
+    with pytest.raises(ValueError, match=r"give each name|is empty|unknown unit|a share|nine rising"):
+        make()

@@ -1,24 +1,31 @@
 """Reading, checking and cleaning of stories: the published schema and rules, one by one, and arbitrary input."""
 
+import contextlib
+import copy
 import json
 import re
 from itertools import pairwise
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.stories import (
-    MAX_FILE_BYTES,
+    MAX_STORY_BYTES,
     Message,
     Pair,
     Story,
     StoryError,
+    StoryErrors,
     clean,
     load_stories,
     load_story,
+    parse_record,
+    parse_record_text,
     parse_story,
     reply_table,
+    save_stories,
 )
 
 quick = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -192,16 +199,31 @@ BAD = {
     ),
     "binary": (YAML.replace(" A clock", " !!binary A clock"), 5, "persona.<FIRST>", "expected text"),
     "own tag": (YAML.replace(" A clock", " !clock A clock"), 5, "persona.<FIRST>", "expected text"),
-    "alias": (YAML.replace(" A clock maker.", " &a A clock.").replace(" Owns a clock.", " *a"), 5, "persona.<SECOND>", "aliases"),
+    "both spellings": (YAML.replace("scenario:", "personas: x\nscenario:"), 7, "personas", "persona is given as well"),
+    "header as a name": (YAML.replace(" Ana", ' "### Response"'), 3, "names.<SECOND>", "reads like a block header"),
+    "names that look equal": (YAML.replace(" Ana", " Ｆerro"), 2, "names", "both people are called"),
+    "look-alike header": (
+        YAML.replace("He looks up.", "＃＃＃ Response:"),
+        12,
+        "conversation[1].text",
+        "imitates a block header",
+    ),
+    "placeholder in lower case": (
+        YAML.replace("!<FIRST>", "!").replace("Good day, <FIRST>", "Good day, <first>"),
+        10,
+        "conversation[0].text",
+        "<first> stands for nobody",
+    ),
+    "alias": (YAML.replace(" A clock maker.", " &a A clock.").replace(" Owns a clock.", " *a"), 6, "", "aliases"),
     "alias bomb": (
         LAUGHS + YAML.replace("- name: <SECOND>\n", "- *l29\n- name: <SECOND>\n"),
-        30,
-        "conversation[0]",
-        "expected a mapping",
+        2,
+        "",
+        "aliases",
     ),
-    "alias of a list": (LAUGHS + YAML[: YAML.index("conversation:")] + "conversation: *l1\n", 1, "conversation[1]", "aliases"),
-    "endless alias": (YAML.replace("conversation:\n", "conversation: &a\n- *a\n"), None, "conversation[0]", "expected a mapping"),
-    "unknown alias": (YAML.replace(" A clock maker.", " *nobody"), 5, "", "undefined alias"),
+    "alias of a list": (LAUGHS + YAML[: YAML.index("conversation:")] + "conversation: *l1\n", 2, "", "aliases"),
+    "endless alias": (YAML.replace("conversation:\n", "conversation: &a\n- *a\n"), 9, "", "aliases"),
+    "unknown alias": (YAML.replace(" A clock maker.", " *nobody"), 5, "", "aliases"),
     "NUL": (YAML.replace("Good", "Go\x00od"), 10, "", "U+0000"),
     "NUL as an escape": (YAML.replace("Good", "Go\\0od"), 10, "conversation[0].text", "U+0000"),
     "bell": (YAML.replace("Owns", "Ow\\ans").replace("Ow\\ans a clock.", '"Ow\\ans a clock."'), 6, "persona.<SECOND>", "U+0007"),
@@ -226,7 +248,7 @@ BAD = {
     "comment only": ("# nothing\n", None, "", "the file is empty"),
     "not YAML": (YAML.replace('!"', "!"), 15, "", "YAML: expected <block end>"),
     "tab as indentation": (YAML.replace("  <SECOND>: Ana", "\t<SECOND>: Ana"), 3, "", "YAML: "),
-    "two documents": (YAML + "---\n" + YAML, 16, "", "YAML: but found another document"),
+    "two documents": (YAML + "---\n" + YAML, 16, "", "a second document begins"),
     "nested too deeply": ("[" * 700, None, "", "nested too deeply"),
     "huge YAML version": ("%YAML " + "9" * 5000 + ".1\n---\n" + YAML, None, "", "out of range"),
 }
@@ -259,7 +281,7 @@ def test_not_utf8(tmp_path):
 
 def test_too_large(tmp_path):
     file = tmp_path / "bad.yaml"
-    file.write_bytes(YAML.encode() + b"#" * MAX_FILE_BYTES)
+    file.write_bytes(YAML.encode() + b"#" * MAX_STORY_BYTES)
     with pytest.raises(StoryError, match="2 MB is too large for one story"):
         load_story(file)
 
@@ -308,6 +330,12 @@ def test_folder_returns_the_good_and_lists_the_bad(tmp_path):
     stories = load_stories(tmp_path, problems)
     assert [s.names.character for s in stories] == ["Ferro", "Bo"]
     assert [p.file for p in problems] == [str(tmp_path / "bad.yaml"), str(tmp_path / "worse.yaml")]
+    with pytest.raises(StoryErrors, match="2 of 4 stories cannot be read") as caught:
+        load_stories(tmp_path)
+    assert [str(p) for p in caught.value.problems] == [str(p) for p in problems]
+    assert all(str(p) in str(caught.value) for p in problems)
+    assert str(copy.deepcopy(caught.value)) == str(caught.value)  # by the way that crosses process borders, too
+    (tmp_path / "worse.yaml").unlink()
     with pytest.raises(StoryError, match=r"bad\.yaml:1: persona"):
         load_stories(tmp_path)
     assert load_stories(tmp_path / "b.yaml") == [STORY]
@@ -316,8 +344,82 @@ def test_folder_returns_the_good_and_lists_the_bad(tmp_path):
 def test_missing_or_empty_folder(tmp_path):
     with pytest.raises(StoryError, match="no such file or folder"):
         load_stories(tmp_path / "nowhere")
-    with pytest.raises(StoryError, match=r"no \.yaml file in this folder"):
+    with pytest.raises(StoryError, match=r"no \.yaml or \.jsonl file in this folder"):
         load_stories(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def test_json_lines_are_the_same_stories(tmp_path):
+    other = parse_story(YAML.replace("Ferro", "Bo"))
+    file = save_stories([STORY, other], tmp_path / "new" / "mine.jsonl")
+    assert load_stories(file) == [STORY, other] and load_stories(tmp_path) == [STORY, other]
+    assert [p.name for p in file.parent.iterdir()] == ["mine.jsonl"]
+    first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert list(first) == ["names", "persona", "scenario", "conversation"]
+    assert first["names"] == {"<FIRST>": "Ferro", "<SECOND>": "Ana"}
+    assert parse_record(first) == STORY and STORY.record() == first
+    with pytest.raises(ValueError, match="ends with"):
+        save_stories([STORY], tmp_path / "mine.yaml")
+
+
+GOOD_LINE = json.dumps(STORY.record())
+BAD_LINES = {
+    "broken": ("{" + GOOD_LINE, "", "JSON: "),
+    "array": (f"[{GOOD_LINE}]", "", "expected a mapping"),
+    "number": (GOOD_LINE.replace('"Ana visits Ferro."', "7"), "scenario", "expected text"),
+    "null": (GOOD_LINE.replace('"A clock maker."', "null"), "persona.<FIRST>", "expected text"),
+    "twice": (GOOD_LINE.replace('"scenario":', '"scenario": "x", "scenario":'), "scenario", "given twice"),
+    "surrogate": (GOOD_LINE.replace("visits", "\\ud800"), "scenario", "U+D800"),
+    "deep": ("[" * 100_000, "", "JSON: "),
+    "deep but valid": (GOOD_LINE.replace('"Ana visits Ferro."', "[" * 40 + "]" * 40), "scenario", "expected text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_lines_name_their_number(case, tmp_path):
+    line, field, problem = BAD_LINES[case]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"{GOOD_LINE}\n\n{line}\n{GOOD_LINE}", encoding="utf-8")
+    problems = []
+    assert load_stories(file, problems) == [STORY, STORY]
+    [error] = problems
+    assert (error.file, error.line, error.field) == (str(file), 3, field) and problem in error.problem
+
+
+def test_huge_and_undecodable_lines_do_not_stop_the_others(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    good = GOOD_LINE.encode()
+    file.write_bytes(b"\n".join([good, b"x" * (2 * MAX_STORY_BYTES + 5), b"\xff\xfe", good]))
+    problems = []
+    assert load_stories(file, problems) == [STORY, STORY]
+    assert [(p.line, p.problem.split(" ")[-1]) for p in problems] == [(2, "story"), (3, "UTF-8")]
+    file.write_text("\n\n")
+    with pytest.raises(StoryError, match="the file is empty"):
+        load_stories(file)
+
+
+def test_a_datasets_dataset_holds_the_same_stories(tmp_path):
+    from datasets import load_dataset
+
+    from helpers.data import from_dataset, to_dataset
+
+    other = parse_story(YAML.replace("Ferro", "Bo"))
+    dataset = to_dataset([STORY, other])
+    assert dataset.column_names == ["names", "persona", "scenario", "conversation"] and from_dataset(dataset) == [STORY, other]
+    file = save_stories([STORY, other], tmp_path / "mine.jsonl")
+    loaded = load_dataset("json", data_files=str(file), cache_dir=str(tmp_path / "cache"))["train"]
+    assert from_dataset(loaded) == [STORY, other]
+    with pytest.raises(StoryError, match=r"rows\[1\]: scenario: the text is empty"):
+        from_dataset([STORY.record(), STORY.record() | {"scenario": " "}], "rows")
+
+
+def test_deep_nesting_and_bombs_end_quickly():
+    """libyaml's own composer overflows the C stack on the first two."""
+    for text in ("[" * 1_900_000, "- " * 900_000, "{a: " * 400_000, "? " * 900_000, LAUGHS, '"' * 1_900_000, "a: 1\n" * 300_000):
+        with pytest.raises(StoryError):
+            parse_story(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- fuzz
@@ -361,6 +463,7 @@ def _mutate(text: str, cuts) -> str:
 
 
 def _story_or_error(text: str) -> None:
+    _record_or_error(text)
     try:
         story = parse_story(text, "f.yaml")
     except StoryError as error:
@@ -370,6 +473,32 @@ def _story_or_error(text: str) -> None:
         for message in story.messages:
             assert clean(message.text) == message.text
         assert all(a.speaker != b.speaker for a, b in pairwise(story.messages))
+
+
+def _record_or_error(text: str) -> None:
+    try:
+        story = parse_record_text(text, "f.jsonl", 3)
+    except StoryError as error:
+        assert (error.file, error.line) == ("f.jsonl", 3)
+    else:
+        assert parse_record(story.record()) == story
+
+
+@settings(quick, max_examples=300)
+@given(mutated)
+def test_the_fast_parser_reads_what_the_plain_one_reads(text):
+    """Whatever libyaml accepts, PyYAML's own parser turns into the same story or refuses."""
+    try:
+        fast = parse_story(text)
+    except StoryError:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "CSafeLoader", yaml.SafeLoader, raising=False)
+        try:
+            plain = parse_story(text)
+        except StoryError:
+            return
+    assert plain == fast
 
 
 @settings(quick, max_examples=200)
@@ -391,3 +520,21 @@ def test_any_values_in_a_well_formed_file_are_read_or_refused(names, texts):
     data = {"names": names, "persona": texts[:2], "scenario": texts[2]}
     data = {k: dict(zip(("<FIRST>", "<SECOND>"), v, strict=True)) if k != "scenario" else v for k, v in data.items()}
     _story_or_error(json.dumps(data | {"conversation": turns}))
+    _record_or_error(json.dumps(data | {"conversation": turns}, ensure_ascii=False))
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), messy),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(list(STORY.record())), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(quick, max_examples=150)
+@given(st.sampled_from(list(STORY.record())), json_values)
+def test_any_json_value_is_read_or_refused(key, value):
+    _record_or_error(json.dumps(STORY.record() | {key: value}))
+    with contextlib.suppress(StoryError):
+        parse_record(STORY.record() | {key: value})

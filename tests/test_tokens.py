@@ -6,14 +6,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from helpers.profiles import ROOT
-from helpers.prompts import CHAT_TEMPLATE, chat_messages, format_story, generation_prompt
+from helpers.prompts import CHAT_TEMPLATE, chat_messages, format_story, generation_prompt, segments
 from helpers.stories import Message, Pair, Story, load_story
 from helpers.tiny_stories import make_story
-from helpers.tokens import IGNORED, Collator, Encoded, encode, encode_prompt, pack, packed_row, start_ids
+from helpers.tokens import (
+    IGNORED,
+    Collator,
+    Encoded,
+    encode,
+    encode_all,
+    encode_prompt,
+    encode_segments,
+    pack,
+    packed_row,
+    start_ids,
+)
+from tests.make_tokenizers import KINDS, make_tokenizer
 
 BASE = ROOT / "data_samples" / "tiny_base"
 SAMPLE = load_story(ROOT / "data_samples" / "stories" / "salt_road.yaml")
@@ -31,32 +42,14 @@ STORY = Story(
 LENGTHS = ["short", None]
 
 
-def sentencepiece_like(model: str) -> PreTrainedTokenizerFast:
-    """Spaces become ▁ and each text gets one in front, as in Llama's and Mixtral's tokenizers."""
-    if model == "bpe":
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    else:
-        tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(
-            vocab_size=900, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-        )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    corpus = [format_story(s) for s in (STORY, *(make_story(k) for k in range(40)))]
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoTokenizer.from_pretrained(BASE)
+    return make_tokenizer("tiny")
 
 
-@pytest.fixture(scope="module", params=["tiny", "bpe", "unigram"])
-def tokenizer(request, tiny):
-    return tiny if request.param == "tiny" else sentencepiece_like(request.param)
+@pytest.fixture(scope="module", params=KINDS[:-1])
+def tokenizer(request):
+    return make_tokenizer(request.param)
 
 
 def runs(sample: Encoded) -> list[list[int]]:
@@ -97,8 +90,7 @@ def test_begins_as_the_tokenizer_begins(tokenizer):
 
 
 def test_no_begin_token_where_the_tokenizer_has_none():
-    tokenizer = sentencepiece_like("bpe")
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer = make_tokenizer("no-bos")
     assert start_ids(tokenizer) == [] and 1 not in encode(STORY, tokenizer).input_ids
 
 
@@ -107,12 +99,12 @@ def test_one_end_token_a_sample(tokenizer):
     end = tokenizer.eos_token_id
     assert sample.input_ids.count(end) == 1 and sample.input_ids[-1] == sample.labels[-1] == end
     replies = [m.text.replace("### Input:", "\\### Input:") for m in STORY.replies]
-    for run, reply in zip(runs(sample), replies, strict=True):
+    after = [i for i in range(1, len(sample)) if sample.labels[i] == IGNORED != sample.labels[i - 1]]
+    for run, reply, place in zip(runs(sample), replies, [*after, None], strict=True):
         said = tokenizer.decode([t for t in run if t != end]).strip()
         assert reply.startswith(said)
         if said != reply:  # where a token reaches from the reply's last word into the next header, it is not trained
-            across = sample.input_ids[sample.input_ids.index(run[-1], sample.labels.index(run[-1])) + 1]
-            assert "\n" in tokenizer.decode([across]) and len(reply) - len(said) <= 2
+            assert "\n" in tokenizer.decode([sample.input_ids[place]]) and len(reply) - len(said) <= 2
 
 
 def test_loss_on_everything(tokenizer):
@@ -193,6 +185,65 @@ def test_a_context_too_short_for_the_last_reply_is_refused(tiny):
         encode(ends_with_user, tiny, context=smallest)
 
 
+def test_a_split_story_keeps_every_reply(tiny):
+    lengths = [None, *["long"] * (len(SAMPLE.replies) - 1)]
+    whole = encode(SAMPLE, tiny, lengths)
+    assert [s.input_ids for s in encode_all([(SAMPLE, lengths)], tiny, len(whole), long="split")] == [whole.input_ids]
+    head = tiny.decode(encode_segments(segments(SAMPLE)[:1], tiny).input_ids)
+    for context in (len(whole) - 1, len(whole) // 2, 1500):
+        parts = list(encode_all([(SAMPLE, lengths)], tiny, context, long="split"))
+        assert len(parts) > 1 and all(len(p) <= context for p in parts)
+        assert [run for p in parts for run in runs(p)] == runs(whole)
+        assert all(tiny.decode(p.input_ids).startswith(head) for p in parts) and all(p.dropped_turns == 0 for p in parts)
+        # greedy: the first two turns of the next part would not have fitted
+        for part, after in itertools.pairwise(parts):
+            first_exchange = after.input_ids[: after.input_ids.index(tiny.eos_token_id) + 1]
+            assert len(part) + len(first_exchange) - len(encode_segments(segments(SAMPLE)[:1], tiny)) > context - 2
+    with pytest.raises(ValueError, match=r"turn 1 and its reply do not fit in 40 tokens"):
+        list(encode_all([(SAMPLE, None)], tiny, 40, long="split"))
+    with pytest.raises(ValueError, match="use 'drop' or 'split'"):
+        list(encode_all([(SAMPLE, None)], tiny, 40, long="cut"))
+
+
+def test_many_at_once_are_as_one_by_one(tokenizer):
+    stories = [make_story(k) for k in range(5)] + [STORY]
+    batch = list(encode_all([(s, None) for s in stories], tokenizer, 900, batch_size=4))
+    assert batch == [encode(s, tokenizer, context=900) for s in stories]
+
+
+@pytest.mark.parametrize("eos", ["turn", "sample"])
+@pytest.mark.parametrize("loss", ["replies", "all"])
+def test_ids_are_those_of_the_whole_text_and_labels_those_of_its_characters(tokenizer, loss, eos):
+    """An independent way to the same sample: the text with its special tokens written out, tokenised as one string."""
+    end, text, mask = tokenizer.eos_token, tokenizer.bos_token, "0" * len(tokenizer.bos_token)
+    for piece in segments(STORY, LENGTHS):
+        text += piece.text
+        mask += ("1" if piece.trained or loss == "all" else "0") * len(piece.text)
+        if eos == "turn" and piece.kind == "reply":
+            text, mask = text + end, mask + "1" * len(end)
+    if eos == "sample":
+        text, mask = text + end, mask + "1" * len(end)
+    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    sample = encode(STORY, tokenizer, LENGTHS, loss=loss, eos=eos)
+    assert sample.input_ids == enc.input_ids
+    trained = [stop > start and mask[stop - 1] == "1" for start, stop in enc.offset_mapping]
+    assert [label != IGNORED for label in sample.labels] == trained
+
+
+def test_special_tokens_in_a_text_are_spelt_out(tokenizer):
+    said = tuple(Message(m.speaker, f"a{tokenizer.eos_token}b {m.text}{tokenizer.bos_token}") for m in STORY.messages)
+    story = Story(STORY.names, STORY.personas, STORY.scenario, said)
+    if tokenizer.backend_tokenizer.get_vocab_size() == 900 and "Unigram" in str(tokenizer.backend_tokenizer.model):
+        with pytest.raises(ValueError, match="contains '</s>', which this tokenizer cannot spell out"):
+            encode(story, tokenizer)
+        return
+    sample = encode(story, tokenizer)
+    assert sample.input_ids.count(tokenizer.eos_token_id) == len(story.replies)
+    assert sample.input_ids.count(tokenizer.bos_token_id) == 1
+    prompt = encode_prompt(story.before_reply(1), tokenizer)
+    assert sample.input_ids[: len(prompt)] == prompt
+
+
 # ---------------------------------------------------------------------------------------------------------- packing
 
 quick = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -238,7 +289,7 @@ def test_packing_fills_rows_of_real_stories(tiny):
 
 def test_packed_row_restarts_positions_and_masks_first_labels():
     row = packed_row([Encoded([5, 6, 7], [5, 6, 7]), Encoded([8, 9], [IGNORED, 9])])
-    assert row == {
+    assert {key: value.tolist() for key, value in row.items()} == {
         "input_ids": [5, 6, 7, 8, 9],
         "labels": [IGNORED, 6, 7, IGNORED, 9],
         "position_ids": [0, 1, 2, 0, 1],

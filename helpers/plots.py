@@ -163,8 +163,11 @@ def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int])
     )
 
 
-def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]]) -> Figure:
-    """One strip per setting: which tokens carry loss, and (triangles) where the end-of-sequence tokens are."""
+def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], context: int | None = None) -> Figure:
+    """One strip per setting: which tokens carry loss, and (triangles) where the end-of-sequence tokens are.
+
+    With `context`, a line stands where a row ends.
+    """
     figure, axes = new_figure(9.0, 1.2 + 0.62 * len(masks))
     for row, (trained, ends) in enumerate(masks.values()):
         axes.broken_barh([(0, len(trained))], (row - 0.3, 0.6), facecolor="#dddddd", edgecolor="none")
@@ -174,10 +177,13 @@ def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]]) -> F
             if value:
                 axes.broken_barh([(start, n)], (row - 0.3, 0.6), facecolor=SKY, hatch="///", edgecolor=BLUE)
             start += n
-        axes.plot([e + 0.5 for e in ends], [row + 0.4] * len(ends), "v", color=RED, ms=6, clip_on=False)
+        axes.plot([e + 0.5 for e in ends], [row + 0.4] * len(ends), "^", color=RED, ms=6, clip_on=False)
+    title = "Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence"
+    if context is not None:
+        axes.axvline(context, color=BLACK, ls="--", lw=1.3)
+        title += ".  Dashed: the context"
     axes.set_yticks(range(len(masks)), list(masks))
-    axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample")
-    axes.set(title="Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence")
+    axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample", title=title)
     axes.grid(False)
     return finish(figure, f"Strips that mark the trained tokens of the same story under {', '.join(masks)}.")
 
@@ -217,6 +223,10 @@ def plot_attention_blocks(position_ids: Sequence[int]) -> Figure:
     top.set(ylabel="position", title="Positions restart with each story …")
     bottom.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
     bottom.set(xlabel="token that is looked at", ylabel="token that looks", title="… so attention stays inside it")
+    for d in range(current + 1):
+        first, last = documents.index(d), n - 1 - documents[::-1].index(d)
+        side = dict(x=first - 0.8, ha="right") if first > n / 2 else dict(x=last + 0.8, ha="left")
+        bottom.text(y=(first + last) / 2, s=f"story {d}", va="center", fontsize=9, **side)
     bottom.grid(False)
     return finish(figure, "Restarting positions of a packed row, and the block-diagonal causal attention that follows from them.")
 

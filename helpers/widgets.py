@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import ipywidgets
 
 from helpers.lengths import LENGTHS, count_words, length_class
-from helpers.prompts import generation_prompt, generation_segments
-from helpers.stories import Message, Pair, Story, StoryError, clean
+from helpers.prompts import CLOSING, CLOSING_SHORT, generation_prompt, generation_segments
+from helpers.stories import PLACEHOLDERS, Message, Pair, Story, StoryError, clean
 from helpers.tokens import IGNORED, Encoded, encode_segments
 
 NO_MODIFIER = "(none)"
@@ -81,32 +81,58 @@ def story_browser(stories: Sequence[Story]) -> Panel:
 # ---------------------------------------------------------------------------------------------------- prompt builder
 
 
-def prompt_preview(char: str, user: str, length: str | None, text: str, tokenizer=None) -> str:
-    """The generation prompt for one user message, newlines visible, with its token count; or what is wrong, in a sentence."""
+# The two personas and the scenario that the builder begins with.
+SETTING = (
+    "<FIRST> keeps the lighthouse.",
+    "<SECOND> sails the mail boat.",
+    "<SECOND> knocks at the lighthouse in a storm.",
+)
+
+
+def prompt_preview(
+    char: str,
+    user: str,
+    length: str | None,
+    text: str,
+    tokenizer=None,
+    setting: Sequence[str] = SETTING,
+    closing: str = CLOSING,
+) -> str:
+    """The generation prompt for one user message, newlines visible, with its token count; or what is wrong, in a sentence.
+
+    `setting`: both personas and the scenario. <FIRST> and <SECOND> in them stand for the names, as in story files.
+    """
+    filled = list(setting)
+    for placeholder, name in zip(PLACEHOLDERS, (char, user), strict=True):
+        filled = [part.replace(placeholder, name) for part in filled]
+    first, second, scenario = map(clean, filled)
     try:
-        personas = Pair(f"{char} keeps the lighthouse.", f"{user} sails the mail boat.")
-        scenario = f"{user} knocks at the lighthouse in a storm."
-        story = Story(Pair(char, user), personas, scenario, (Message("user", clean(text)),))
+        story = Story(Pair(char, user), Pair(first, second), scenario, (Message("user", clean(text)),))
     except StoryError as error:
         return f"cannot be formatted: {error}"
-    shown = visible(generation_prompt(story, length))
+    shown = visible(generation_prompt(story, length, closing=closing))
     if tokenizer is not None:
-        tokens = encode_segments(generation_segments(story, length), tokenizer)
+        tokens = encode_segments(generation_segments(story, length, closing=closing), tokenizer)
         shown += f"\n\n[{len(tokens)} tokens]"
     return shown
 
 
 def prompt_builder(tokenizer=None, char: str = "Ferro", user: str = "Ana", text: str = "Is anyone there?") -> Panel:
-    """Names, length and user text → the prompt, live."""
+    """Names, length, setting, closing sentence and user text → the prompt, live."""
     names = ipywidgets.Text(value=char, description="character"), ipywidgets.Text(value=user, description="user")
     length = ipywidgets.Dropdown(options=[NO_MODIFIER, *LENGTHS], value="medium", description="length")
+    closing = ipywidgets.Dropdown(options=[("the card's", CLOSING), ("short", CLOSING_SHORT)], description="closing")
+    described = ("persona 1", "persona 2", "scenario")
+    setting = [ipywidgets.Textarea(value=v, description=d, rows=2) for d, v in zip(described, SETTING, strict=True)]
     said = ipywidgets.Textarea(value=text, description="user text", rows=4)
 
     def render() -> str:
         chosen = None if length.value == NO_MODIFIER else length.value
-        return prompt_preview(names[0].value, names[1].value, chosen, said.value, tokenizer)
+        parts = [part.value for part in setting]
+        return prompt_preview(names[0].value, names[1].value, chosen, said.value, tokenizer, parts, closing.value)
 
-    return _live((*names, length, said), render, (ipywidgets.HBox([*names, length]), said))
+    rows = (ipywidgets.HBox(names), ipywidgets.HBox([length, closing]), ipywidgets.HBox(setting), said)
+    return _live((*names, length, closing, *setting, said), render, rows)
 
 
 # -------------------------------------------------------------------------------------------------------- token view

@@ -332,6 +332,7 @@ def test_packed_stories_do_not_see_each_other(tiny):
     batch.pop("valid")
     packed = token_losses(model, **batch)
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=0)
+    assert packed.mean().item() == pytest.approx(torch.cat(alone).mean().item(), abs=1e-5)
     # the check can fail: without restarted positions the second story does see the first
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     assert (token_losses(model, **batch) - torch.cat(alone)).abs().max() > 1e-2

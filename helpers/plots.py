@@ -96,7 +96,7 @@ def plot_word_counts(words: dict[str, Sequence[int]]) -> Figure:
 
 
 def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequence[str]) -> Figure:
-    """Words per reply on a logarithmic axis, cut into the classes."""
+    """Words per reply on a logarithmic axis, cut into the classes, with the log-normal curve of the same median and spread."""
     figure, axes = new_figure(9.0, 3.6)
     ends = [1, *bounds, max(2 * bounds[-1], max(words) + 1)]
     edges = sorted({round(math.sqrt(a * b)) for a, b in itertools.pairwise(ends)} | set(ends))
@@ -110,18 +110,24 @@ def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequ
         axes.text(math.sqrt(low * high), top * 0.98, names[i], rotation=90, ha="center", va="top", fontsize=9)
         if i:
             axes.axvline(low, color=BLACK, lw=1, ls=":")
+    logs = [math.log(w) for w in words]
+    normal = statistics.NormalDist(statistics.fmean(logs), statistics.pstdev(logs))
+    xs = [0.5 * (2 * ends[-1]) ** (k / 200) for k in range(201)]
+    axes.plot(xs, [len(words) * math.log(2) * normal.pdf(math.log(x)) for x in xs], color=RED, lw=2)
     axes.set(
         xscale="log",
         xlim=(0.5, ends[-1]),
         ylim=(0, top),
         xlabel="words in a reply (log scale); ticks: first word count of each class",
     )
-    axes.set(ylabel="replies per doubling", title="The ten length classes over the character's replies")
+    axes.set(ylabel="replies per doubling", title="The ten length classes over the character's replies; line: log-normal")
     axes.set_xticks([1, *bounds], [str(b) for b in (1, *bounds)])
     axes.set_xticks([], minor=True)
     axes.grid(False, axis="x")
     return finish(
-        figure, f"Histogram of reply lengths in words with the bounds {', '.join(map(str, bounds))} between ten classes."
+        figure,
+        f"Histogram of reply lengths in words with the bounds {', '.join(map(str, bounds))} between ten classes, "
+        "and the log-normal curve with the replies' own median and spread.",
     )
 
 
@@ -129,7 +135,7 @@ def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) 
     """Share of replies in each class, one bar a data set."""
     figure, axes = new_figure(8.5, 3.2)
     width = 0.8 / len(shares)
-    looks = ((BLUE, ""), (ORANGE, "///"), (GREEN, "..."))
+    looks = itertools.cycle(((BLUE, ""), (ORANGE, "///"), (GREEN, "..."), (PURPLE, "xxx")))
     for k, ((label, values), (colour, hatch)) in enumerate(zip(shares.items(), looks, strict=False)):
         places = [i - 0.4 + width * (k + 0.5) for i in range(len(names))]
         axes.bar(places, [100 * v for v in values], width, color=colour, hatch=hatch, edgecolor="white", label=label)

@@ -150,7 +150,8 @@ def _share(options) -> int:
 
     print(sharing.write_model_card(options.run))
     for target in options.target or sharing.TARGETS:
-        print(sharing.export(options.run, target))
+        length = None if options.length == "none" else options.length
+        print(sharing.export(options.run, target, options.char, options.user, length))
     return 0
 
 
@@ -198,6 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     share = commands.add_parser("share", help="model card and presets for other software")
     share.add_argument("run", type=Path)
     share.add_argument("--target", nargs="*", help="some of the exports; default: all")
+    share.add_argument("--char", default="Character", help="the character's name in files for servers that know no names")
+    share.add_argument("--user", default="User", help="the user's name in them")
+    share.add_argument("--length", default="medium", help="the length that the presets ask for, or none")
     share.set_defaults(run_command=_share)
 
     options = parser.parse_args(arguments)

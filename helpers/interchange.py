@@ -164,7 +164,7 @@ def axolotl_rows(labelled: Iterable[tuple[Story, Lengths]], tokenizer) -> Iterat
         if (ids, labels) != (ours.input_ids, ours.labels):
             at = next((i for i, (a, b) in enumerate(zip(ids, ours.input_ids, strict=False)) if a != b), min(len(ids), len(ours)))
             raise ValueError(
-                f"{story.source or 'story'}: this tokenizer cuts segments otherwise than running text (token {at}: "
+                f"{story.source or 'a story'}: this tokenizer cuts segments otherwise than running text (token {at}: "
                 f"{tokenizer.convert_ids_to_tokens(ids[at : at + 3])} for "
                 f"{tokenizer.convert_ids_to_tokens(ours.input_ids[at : at + 3])}); train with `python -m helpers train` instead"
             )

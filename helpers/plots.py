@@ -184,12 +184,12 @@ def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], cont
                 axes.broken_barh([(start, n)], (row - 0.3, 0.6), facecolor=SKY, hatch="///", edgecolor=BLUE)
             start += n
         axes.plot([e + 0.5 for e in ends], [row + 0.4] * len(ends), "^", color=RED, ms=6, clip_on=False)
-    title = "Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence"
     if context is not None:
         axes.axvline(context, color=BLACK, ls="--", lw=1.3)
-        title += ".  Dashed: the context"
+        axes.text(context, -0.57, " context", va="top", fontsize=9)
     axes.set_yticks(range(len(masks)), list(masks))
-    axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample", title=title)
+    axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample")
+    axes.set(title="Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence")
     axes.grid(False)
     return finish(figure, f"Strips that mark the trained tokens of the same story under {', '.join(masks)}.")
 

@@ -109,11 +109,17 @@ def is_header(line: str) -> bool:
     return _HEADER.match(line) is not None
 
 
+# Cyrillic and Greek letters that look like those of the three header words (Unicode's confusables.txt has many more).
+_DOUBLES = str.maketrans("іιıѕсϲоοрρеєтτυսпг", "iiisccooppeettuunr")
+
+
 def _folded(text: str) -> str:
-    """Text as it looks: compatibility forms replaced (`＃` → `#`), invisible format characters removed, case ignored."""
+    """Text as it looks: compatibility forms and Cyrillic and Greek doubles replaced (`＃` → `#`), invisible format characters
+    removed, case ignored."""
     if text.isascii():
         return text.casefold()
-    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf").casefold()
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return seen.casefold().translate(_DOUBLES)
 
 
 def check_name(name: str, where: str) -> None:

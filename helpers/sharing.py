@@ -108,8 +108,11 @@ def _audit(facts: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- exports
 
 
-def export(run_dir: str | Path, target: str) -> Path:
+def export(run_dir: str | Path, target: str, char: str = "Character", user: str = "User", length: str | None = "medium") -> Path:
     """Write what another program needs to speak this format into `run_dir/export/`; returns the file or folder.
+
+    `char` and `user` stand in the tags of the KoboldCpp and Ollama files, whose servers know no names; `length` is the modifier
+    that all presets ask with, or None.
 
     chat_template: Jinja for transformers. sillytavern: context, instruct and system-prompt presets. koboldcpp: a chat
     adapter whose last assistant tag carries the modifier. ollama: a Modelfile. axolotl: the run's recipe as YAML. The presets put
@@ -129,14 +132,14 @@ def export(run_dir: str | Path, target: str) -> Path:
     elif target == "sillytavern":
         path = folder / "sillytavern"
         path.mkdir(exist_ok=True)
-        for kind, preset in sillytavern_presets(end=end).items():
+        for kind, preset in sillytavern_presets(length=length, end=end).items():
             write_json(path / f"{kind}.json", preset)
     elif target == "koboldcpp":
         path = folder / "koboldcpp_adapter.json"
-        write_json(path, koboldcpp_adapter(end=end))
+        write_json(path, koboldcpp_adapter(char, user, length, end))
     elif target == "ollama":
         path = folder / "Modelfile"
-        path.write_text(ollama_modelfile(end=end), encoding="utf-8")
+        path.write_text(ollama_modelfile(char, user, length, end), encoding="utf-8")
     else:
         path = folder / "axolotl.yaml"
         path.write_text(yaml.safe_dump(axolotl_config(profile_of(run_dir)), sort_keys=False), encoding="utf-8")

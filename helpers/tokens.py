@@ -203,7 +203,7 @@ def _shortened(story: Story, pieces: Sequence[Segment], tokenizer, context: int,
         sample = without(dropped)
         yield Encoded(sample.input_ids, sample.labels, dropped)
         return
-    raise ValueError(f"{story.source or 'story'}: not even the last reply fits in {context} tokens; use a longer context")
+    raise ValueError(f"{story.source or 'this story'}: not even the last reply fits in {context} tokens; use a longer context")
 
 
 def _split(story: Story, pieces: Sequence[Segment], tokenizer, context: int, loss: str, eos: str) -> Iterator[Encoded]:
@@ -220,7 +220,7 @@ def _split(story: Story, pieces: Sequence[Segment], tokenizer, context: int, los
         fitting = bisect_left(later, True, key=lambda n: len(until(n)) > context)
         if not fitting:
             raise ValueError(
-                f"{story.source or 'story'}: turn {begin + 1} and its reply do not fit in {context} tokens; use a longer context"
+                f"{story.source or 'this story'}: turn {begin + 1} and its reply do not fit in {context} tokens; use a longer context"
             )
         yield until(later[fitting - 1])
         begin = later[fitting - 1]

@@ -67,6 +67,9 @@ def test_model_card_and_exports_come_from_the_run(tmp_path):
     assert (
         json.loads((tmp_path / "export" / "koboldcpp_adapter.json").read_text())["assistant_gen"].count("(length = medium)") == 1
     )
+    named = sharing.export(tmp_path, "ollama", "Ferro", "Ana", None).read_text(encoding="utf-8")
+    assert "### Response:\nFerro:" in named and "\nAna: " in named and "(length" not in named
+    assert "</s>" in named, "the adapter was trained with an end-of-sequence token after each reply"
     with pytest.raises(ValueError, match="unknown target"):
         sharing.export(tmp_path, "fax")
 

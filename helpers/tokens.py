@@ -220,7 +220,7 @@ def _split(story: Story, pieces: Sequence[Segment], tokenizer, context: int, los
         fitting = bisect_left(later, True, key=lambda n: len(until(n)) > context)
         if not fitting:
             raise ValueError(
-                f"{story.source or 'this story'}: turn {begin + 1} and its reply do not fit in {context} tokens; use a longer context"
+                f"{story.source or 'this story'}: turn {begin + 1} and its reply do not fit in {context} tokens; use more"
             )
         yield until(later[fitting - 1])
         begin = later[fitting - 1]

@@ -202,6 +202,7 @@ def axolotl_config(profile: Profile, data: str = "stories-axolotl.jsonl") -> dic
         "train_on_inputs": False,
         "sequence_len": profile.context,
         "sample_packing": True,
+        "attn_implementation": "flash_attention_2",  # without it, packed stories see each other
         "micro_batch_size": profile.micro_batch,
         "gradient_accumulation_steps": profile.accumulation,
         "num_epochs": profile.epochs,

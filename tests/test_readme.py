@@ -51,7 +51,12 @@ def test_every_module_notebook_and_profile_is_named():
 
 
 def test_relative_links_lead_somewhere():
-    for page in ("README.md", "LICENSE-TEXT.md", "data_samples/README.md"):
+    for page in (
+        "README.md",
+        "LICENSE-TEXT.md",
+        "data_samples/README.md",
+        *(f"notebooks/{n}.md" for n in ("GLOSSARY", "TROUBLESHOOTING")),
+    ):
         folder = (ROOT / page).parent
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             assert (folder / target).exists(), f"{page}: {target}"

@@ -33,7 +33,8 @@ def sillytavern_presets(
     """The three preset files: context, instruct, system prompt. Only the last response line carries the modifier.
 
     Old and new field names stand side by side, because each version from 1.10 on reads the ones that it knows. The instruction
-    header stands in the story string: 1.13 and later drop `system_sequence_prefix`.
+    header stands in the story string: 1.13 and later drop `system_sequence_prefix`. `wrap` must stay on: the last newline of the
+    story string comes from it. Import context, then instruct, then sysprompt, and switch instruct mode on.
     """
     if length is not None:
         rank(length)
@@ -65,7 +66,7 @@ def sillytavern_presets(
             "system_sequence_prefix": "",
             "system_sequence_suffix": "",
             "stop_sequence": end,
-            "separator_sequence": "",
+            "separator_sequence": end + "\n",  # versions that know `output_suffix` overwrite it with this, if it is there
             "input_suffix": "\n",
             "output_suffix": end + "\n",
             "system_suffix": "",
@@ -75,6 +76,7 @@ def sillytavern_presets(
             "names_force_groups": True,
             "names_behavior": "always",
             "activation_regex": "",
+            "system_prompt": said,  # before 1.12.6 there was no file for it
             "skip_examples": False,
             "user_alignment_message": "",
             "sequences_as_stop_strings": True,

@@ -206,6 +206,18 @@ def test_sillytavern_presets_say_the_formats_words():
     assert interchange.sillytavern_presets(end="</s>")["instruct"]["output_suffix"] == "</s>\n"
 
 
+def test_sillytavern_sent_the_bytes():
+    """Recorded from the program itself, 1.10 to 1.19; holds as long as the presets are the ones that were recorded."""
+    golden = json.loads((GOLDEN / "sillytavern.json").read_text(encoding="utf-8"))
+    assert golden["presets"]["plain"] == interchange.sillytavern_presets(length="long")
+    assert golden["presets"]["with_end"] == interchange.sillytavern_presets(length="long", end="</s>")
+    assert {v.rpartition(".")[0] for v in golden["versions"]} >= {"1.10", "1.11", "1.12", "1.13", "1.14", "1.16", "1.19"}
+    for version, sent in golden["versions"].items():
+        assert sent["plain"] == generation_prompt(STORY, "long"), version
+        assert sent["with_end"] == expected("long", "</s>"), version
+        assert {"\n### Input:", "\n### Response:", "\nAna:"} <= set(sent["stops"]), version
+
+
 def test_all_exports_begin_from_one_text():
     """Whatever the format says of a turn, every preset says the same."""
     text = format_story(STORY, ["long"])

@@ -71,6 +71,15 @@ def render(results: dict) -> str:
         f"{experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales. "
         f"The run: {speed} on {where['cores']} cores ({where['name']}), with {versions}.",
     ]
+    data = json.loads((RESULTS.parent / "format-cpu.json").read_text(encoding="utf-8"))
+    made, waste = data["result"], data["result"]["waste: packed"]
+    lines += [
+        "",
+        f"Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, tokenised "
+        f"and packed in {data['seconds']['all']:.0f} s with {data['peak memory, GB']:.2f} GB of memory ({data['hardware']['cores']} "
+        f"cores), {waste:.1%} of the packed places empty; padding to the longest would leave "
+        f"{made['waste: padded to the longest']:.0%} empty (`benchmarks/format.py`).",
+    ]
     return "\n".join(lines)
 
 

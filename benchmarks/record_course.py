@@ -72,13 +72,13 @@ def render(results: dict) -> str:
         f"The run: {speed} on {where['cores']} cores ({where['name']}), with {versions}.",
     ]
     data = json.loads((RESULTS.parent / "format-cpu.json").read_text(encoding="utf-8"))
-    made, waste = data["result"], data["result"]["waste: packed"]
+    made, seconds, memory = data["result"], data["seconds"]["all"], data["peak memory, GB"]
+    padded, packed = made["waste: padded to the longest"], made["waste: packed"]
     lines += [
         "",
-        f"Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, tokenised "
-        f"and packed in {data['seconds']['all']:.0f} s with {data['peak memory, GB']:.2f} GB of memory ({data['hardware']['cores']} "
-        f"cores), {waste:.1%} of the packed places empty; padding to the longest would leave "
-        f"{made['waste: padded to the longest']:.0%} empty (`benchmarks/format.py`).",
+        f"Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, "
+        f"tokenised and packed in {seconds:.0f} s with {memory:.2f} GB of memory ({data['hardware']['cores']} cores), "
+        f"{packed:.1%} of the packed places empty; padding to the longest would leave {padded:.0%} empty (`benchmarks/format.py`).",
     ]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from html import escape
 from pathlib import Path
 
 from helpers.profiles import ROOT
@@ -15,6 +16,9 @@ NOTEBOOKS = (
     "04_qlora_training",
     "05_length_control_evaluation",
 )
+
+
+NO_ALT = 'alt="No description has been provided for this image"'  # what nbconvert writes
 
 
 def clean(notebook) -> None:
@@ -61,6 +65,12 @@ def one_page(notebooks: list, target: Path) -> Path:
     html, _ = HTMLExporter(template_name="lab").from_notebook_node(
         merged, {"metadata": {"name": "Fine-tuning a Mixture of Experts"}}
     )
+    outputs = (output for cell in merged.cells for output in cell.get("outputs", []))
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    parts = html.split(NO_ALT)
+    if len(parts) == len(pictures) + 1:  # the exporter does not use the text alternatives that the outputs have
+        alts = (output.metadata.get("image/png", {}).get("alt", "figure") for output in pictures)
+        html = parts[0] + "".join(f'alt="{escape(alt)}"' + part for alt, part in zip(alts, parts[1:], strict=True))
     target.write_text(html, encoding="utf-8")
     return target
 

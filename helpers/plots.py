@@ -38,10 +38,22 @@ STYLE = {
 }
 
 
+class Picture(Figure):
+    """A figure that hands a notebook its text alternative: as alt text of the image, and where images cannot be shown."""
+
+    alt = ""
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        from IPython.core.pylabtools import print_figure
+
+        png = print_figure(self, "png", bbox_inches="tight", dpi=self.dpi)
+        return {"image/png": png, "text/plain": self.alt or repr(self)}, {"image/png": {"alt": self.alt}}
+
+
 def new_figure(width: float = 8.0, height: float = 3.4, rows: int = 1, columns: int = 1, **kwargs):
     """(figure, axes) in the course's style, which stays set: legends and titles are styled when they are drawn."""
     plt.rcParams.update(STYLE)
-    return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+    return plt.subplots(rows, columns, figsize=(width, height), FigureClass=Picture, **kwargs)
 
 
 def finish(figure: Figure, alt: str) -> Figure:
@@ -243,14 +255,16 @@ EXPERT_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK)
 
 
 def plot_router_plane(panels: dict[str, tuple[Sequence, Sequence, Sequence[int]]]) -> Figure:
-    """Tokens in a plane, coloured by their first expert, with the router's rows as numbered arrows.
+    """Tokens in a plane, with a colour and a shape for their first expert, and the router's rows as numbered arrows.
 
     panels: title → (tokens (T, 2), router (E, 2), first choice (T,)).
     """
     figure, row = new_figure(8.0, 3.9, columns=len(panels), sharex=True, sharey=True)
     for axes, (title, (tokens, router, chosen)) in zip(row, panels.items(), strict=True):
-        colours = [EXPERT_COLOURS[int(e) % 8] for e in chosen]
-        axes.scatter([float(t[0]) for t in tokens], [float(t[1]) for t in tokens], c=colours, s=9, alpha=0.7, lw=0)
+        for e, (colour, marker) in enumerate(zip(EXPERT_COLOURS, "osD^Pv*X", strict=True)):
+            mine = [t for t, first in zip(tokens, chosen, strict=True) if int(first) % 8 == e]
+            x, y = ([float(t[i]) for t in mine] for i in (0, 1))
+            axes.scatter(x, y, c=colour, marker=marker, s=16, alpha=0.8, edgecolors=BLACK, linewidths=0.2)
         for e, (x, y) in enumerate(router):
             x, y = float(x), float(y)
             axes.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="->", color=BLACK, lw=1.4))
@@ -306,7 +320,7 @@ def plot_z_descent(logits: Sequence[Sequence[float]], logsumexp: Sequence[float]
 
 def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], quantities: dict[str, str]) -> Figure:
     """Log rows by step. runs: group → name of run → rows; quantities: key in the rows → axis title. One row of panels a group."""
-    figure, grid = new_figure(13.0, 2.7 * len(runs), rows=len(runs), columns=len(quantities), sharex=True, sharey="col")
+    figure, grid = new_figure(11.0, 2.6 * len(runs), rows=len(runs), columns=len(quantities), sharex=True, sharey="col")
     looks = ((BLACK, ":"), (SKY, "--"), (RED, "-"), (GREEN, "-."))
     for line, (group, members) in zip(grid, runs.items(), strict=True):
         for axes, (key, title) in zip(line, quantities.items(), strict=True):
@@ -316,6 +330,7 @@ def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], qua
         line[0].set_ylabel(group)
     for axes in grid[-1]:
         axes.set_xlabel("step")
+        axes.locator_params(axis="x", nbins=4)
     grid[0][0].legend(fontsize=8)
     return finish(figure, f"{', '.join(quantities.values())} by training step for {', '.join(runs)}, one line a run.")
 
@@ -340,3 +355,27 @@ def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
         figure,
         f"Share of assignments of {experts} experts in {layers} layers ({', '.join(tables)}); balance is {1 / experts:.1%}.",
     )
+
+
+def plot_expert_boxes(layouts: dict[str, Sequence[tuple[int, int, int]]]) -> Figure:
+    """Assignments sorted by expert, on the diagonal of rows against experts.
+
+    layouts: title → (rows computed for an assignment, rows of padding, assignments dropped) of each expert.
+    """
+    figure, row = new_figure(3.1 * len(layouts), 3.9, columns=len(layouts), sharey=True)
+    for axes, (title, boxes) in zip(row, layouts.items(), strict=True):
+        top = 0
+        for e, (used, padding, dropped) in enumerate(boxes):
+            labels = ("an assignment", "padding", "dropped") if e == 0 else (None,) * 3
+            axes.bar(e, used, 0.94, bottom=top, color=BLUE, edgecolor="white", lw=0.5, label=labels[0])
+            axes.bar(e, padding, 0.94, bottom=top + used, color="white", hatch="////", edgecolor=ORANGE, lw=0.5, label=labels[1])
+            top += used + padding
+            axes.plot([], [], "X", color=RED, label=labels[2])
+            if dropped:
+                axes.text(e, top + 12, f"\u2717 {dropped}", ha="center", va="top", color=RED, fontsize=8, fontweight="bold")
+        axes.set(title=title, xlabel="expert", xticks=range(len(boxes)))
+        axes.grid(False, axis="x")
+    row[0].set(ylabel="row")
+    row[0].invert_yaxis()
+    row[0].legend(loc="lower left", fontsize=8)
+    return finish(figure, f"Rows that the experts compute, one box an expert down the diagonal: {'; '.join(layouts)}.")

@@ -3,9 +3,11 @@ r"""Router z-loss and load-balancing loss for any routed model of transformers, 
     z-loss      L_z = mean over layers and valid tokens of (logsumexp_e x_te)²        ST-MoE, arXiv 2202.08906, eq. 5
     balancing   L_b = mean over layers of E/k · Σ_e f_e · P_e                          Switch, arXiv 2101.03961, eq. 4-6
 
-with router logits x (T, E), f the share of the T·k assignments times k, P the mean softmax. L_b is 1 at perfect balance.
-"mean" over layers is what the card's fork of transformers did; Megatron sums them, and OLMoE divides by the top-k too, so
-a coefficient of 1e-3 means up to 32 times different things: always name the reduction.
+with router logits x (T, E), f_e the share of tokens that run expert e (Σ f = k), P the mean softmax. L_b is 1 at balance.
+Always name the reduction with a coefficient. What 1.0 here (mean over tokens and layers) is elsewhere, for L layers, top-k:
+
+    z-loss      ST-MoE, transformers' Switch, the card's fork: 1    Megatron (sums layers): 1/L    OLMoE (divides by k): k
+    balancing   MegaBlocks, the card's fork: 1    transformers' `load_balancing_loss_func`: 1/k, and it pools the layers
 
 `attach_router_losses` puts a forward hook on every router. The hook computes the losses in fp32 and ties their gradient to
 the routing weights with an identity function (the trick of Megatron's autograd scaler). Nothing is collected and carried
@@ -15,68 +17,63 @@ loss, all of which silently drop the usual auxiliary loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from helpers.quantization import router_modules
+from helpers.quantization import router_recorders
 
 Reduction = Literal["mean", "sum"]
+Logits = Tensor | Sequence[Tensor]  # (T, E), or one such tensor a layer
 
 
-def _layers(router_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _weights(mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight of each token (T,): 1 / valid tokens, or 0 for padding; number of valid tokens ())."""
+    valid = torch.ones(len(like), device=like.device) if mask is None else mask.reshape(-1).to(like.device, torch.float32)
+    if valid.shape[0] != like.shape[0]:
+        raise ValueError(f"the mask has {valid.shape[0]} tokens, the router logits {like.shape[0]}")
+    count = valid.sum()
+    return valid / count.clamp_min(1.0), count
+
+
+def _layers(router_logits: Logits, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     if not layers:
         raise ValueError("no router logits: was the model run with output_router_logits=True?")
-    return [x.float() for x in layers]
+    return ((x.float(), _weights(mask, x)[0]) for x in layers)
 
 
-def _valid(mask: Tensor | None, like: Tensor) -> Tensor:
-    """1.0 for real tokens, 0.0 for padding, of shape (T,)."""
-    if mask is None:
-        return torch.ones(like.shape[0], device=like.device)
-    mask = mask.reshape(-1).to(like.device, torch.float32)
-    if mask.shape[0] != like.shape[0]:
-        raise ValueError(f"the mask has {mask.shape[0]} tokens, the router logits {like.shape[0]}")
-    return mask
-
-
-def router_z_loss(
-    router_logits: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None, reduction: Reduction = "mean"
-) -> Tensor:
-    """z-loss of logits (T, E), or of a sequence of them, one a layer; computed in fp32.
-
-    attention_mask: any shape with T entries, 0 for padding, which is left out exactly. reduction: over layers, "mean"
-    (the card's fork) or "sum" (Megatron). A batch of padding alone gives 0.
-    """
-    layers = _layers(router_logits)
-    total = torch.zeros((), device=layers[0].device)
-    for x in layers:
-        valid = _valid(attention_mask, x)
-        total = total + (torch.logsumexp(x, -1).square() * valid).sum() / valid.sum().clamp_min(1.0)
-    return total / len(layers) if reduction == "mean" else total
+def router_z_loss(router_logits: Logits, attention_mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+    """z-loss, computed in fp32. attention_mask: any shape with T entries, 0 for padding, which is left out exactly (padding
+    alone gives 0). reduction: over layers, "mean" (the card's fork) or "sum" (Megatron)."""
+    layers = _layers(router_logits, attention_mask)
+    losses = torch.stack([(torch.logsumexp(x, -1).square() * w).sum() for x, w in layers])
+    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def load_balancing_loss(
-    router_logits: Tensor | Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None, reduction: Reduction = "mean"
+    router_logits: Logits, top_k: int, attention_mask: Tensor | None = None, reduction: Reduction = "mean", pooled: bool = False
 ) -> Tensor:
     """Balancing loss per layer, then averaged (MegaBlocks' form and the card's fork's): 1.0 at balance, E/k at collapse.
 
-    transformers' `load_balancing_loss_func` pools the layers first, so that their imbalances can cancel, and is top_k times
-    larger (2.0 at balance for Mixtral).
+    pooled: transformers' `load_balancing_loss_func` instead, for comparison. It pools the layers first, so that their
+    imbalances can cancel, and is top_k times larger (2.0 at balance for Mixtral); for one layer, exactly top_k times.
     """
-    layers = _layers(router_logits)
-    total = torch.zeros((), device=layers[0].device)
-    for x in layers:
-        valid = _valid(attention_mask, x).unsqueeze(1)
-        count, experts = valid.sum().clamp_min(1.0), x.shape[1]
-        p = x.softmax(-1)
-        chosen = torch.zeros_like(x).scatter_(1, p.topk(top_k, -1).indices, 1.0)
-        total = total + ((chosen * valid).sum(0) / count * (p * valid).sum(0) / count).sum() * experts / top_k
-    return total / len(layers) if reduction == "mean" else total
+    if pooled and not isinstance(router_logits, Tensor):
+        mask = None if attention_mask is None else attention_mask.reshape(-1).repeat(len(router_logits))
+        return load_balancing_loss(torch.cat(list(router_logits)), top_k, mask, pooled=True)
+    losses = []
+    for x, w in _layers(router_logits, attention_mask):
+        f = torch.zeros_like(x).scatter_(1, x.topk(top_k, -1).indices, w.unsqueeze(1).expand(-1, top_k)).sum(0)
+        mean_p = (x.softmax(-1) * w.unsqueeze(1)).sum(0)
+        losses.append((f * mean_p).sum() * x.shape[1] / (1 if pooled else top_k))
+    return torch.stack(losses).mean() if reduction == "mean" else torch.stack(losses).sum()
 
 
 class _Attach(torch.autograd.Function):
@@ -84,7 +81,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, loss, handle):
-        ctx.handle, ctx.like = handle, loss
+        ctx.handle, ctx.like = handle, loss.detach()
         return x.view_as(x)
 
     @staticmethod
@@ -93,9 +90,70 @@ class _Attach(torch.autograd.Function):
         return grad, torch.full_like(ctx.like, ctx.handle.loss_scale), None
 
 
-@dataclass
+class _Routing:
+    """One layer's routing in fp32: what its two losses, their gradient and its statistics share.
+
+    Written out, because autograd on the functions above takes longer and keeps several (T, E) tensors. Experts come first
+    here: reductions over few experts are far faster so on a CPU. Nothing that autocast changes or that waits for a GPU.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,  # (T, E)
+        chosen: Tensor,  # (T, k) experts that run; where a bias corrects the choice, not those of the largest logits
+        weight: Tensor,  # (T,)
+    ):
+        self.x, self.w = logits.detach().t().float().contiguous(), weight
+        self.max = self.x.amax(0)
+        exp = (self.x - self.max).exp()
+        total = exp.sum(0)
+        self.lse, self.p = total.log() + self.max, exp / total
+        self.wp = self.p * weight
+        self.f = torch.zeros_like(self.x).scatter_(0, chosen.t(), weight.expand(chosen.shape[1], -1)).sum(1)  # (E,), sums to k
+        self.scale = logits.shape[1] / chosen.shape[1]  # E/k
+
+    def gradient(self, z_coef: float | Tensor, balance_coef: float | Tensor) -> Tensor:
+        """∂(z_coef·z + balance_coef·balance)/∂logits (T, E); f counts choices and has no gradient."""
+        f = self.f.unsqueeze(1)
+        return (self.wp * (2 * z_coef * self.lse + balance_coef * self.scale * (f - (self.p * f).sum(0)))).t()
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Means over valid tokens (6 + E,) of _STATISTICS and choices; extremes (2,): max and -min."""
+        x, lse, mean = self.x, self.lse, self.x.mean(0)
+        spread = ((x - mean).square().sum(0) / (x.shape[0] - 1)).sqrt()
+        rows = torch.stack([lse.square(), lse, (self.p * (lse - x)).sum(0), mean, spread])  # (5, T)
+        balance = (self.f * self.wp.sum(1)).sum(0, keepdim=True) * self.scale
+        sides = torch.stack([self.max, -x.amin(0)]).masked_fill(self.w == 0, -torch.inf)
+        return torch.cat([balance, (rows * self.w).sum(1), self.f]), sides.amax(1)
+
+
+_STATISTICS = ("balance", "z", "logsumexp", "entropy", "mean", "spread")
+
+
+_RAW_LOGITS = {"Gemma4TextRouter": "proj"}  # it returns probabilities: the raw logits are the output of this child
+
+
+def _read(router: nn.Module, output, place: int, top_k: int | None, raw: Tensor | None = None):
+    """A router's output → (as tuple, logits (T, E), place of a tensor that carries their gradient on, experts (T, k))."""
+    parts = output if isinstance(output, tuple) else (output,)
+    logits = parts[place] if raw is None else raw
+    tensors = [(i, p) for i, p in enumerate(parts) if isinstance(p, Tensor)]
+    # Nearly always (logits, routing weights, experts). DBRX returns the logits alone, and routes by what we return.
+    carrier = next((i for i, p in tensors if i != place and p.is_floating_point()), place)
+    chosen = next((p for _, p in tensors if p.ndim == 2 and not p.is_floating_point()), None)
+    if logits.ndim != 2 or (chosen is None and top_k is None):
+        shape = f"logits {tuple(logits.shape)}, not (tokens, experts)" if logits.ndim != 2 else "no chosen experts"
+        raise ValueError(f"router losses cannot be attached to {type(router).__name__}: it returns {shape}")
+    if chosen is None:  # JetMoE, Llama 4, DBRX: plain top-k
+        chosen = logits.detach().topk(top_k, -1).indices
+    elif type(router).__name__ == "ZayaRouter":  # to skip all experts is its last class, but returned as 0 · expert 0
+        chosen = chosen.masked_fill(parts[carrier] == 0, logits.shape[1] - 1)
+    return parts, logits, carrier, chosen.long()
+
+
+@dataclass(repr=False)
 class RouterLosses:
-    """Handle of attached losses. Callers that know more than one forward pass does may set:
+    """Handle of attached losses; printed, it names coefficients and reduction. Who knows more than one pass does may set:
 
     valid: (B, S) mask of real tokens, when the model gets no attention mask (packed batches);
     window_tokens: valid tokens in the whole accumulation window, for a token-exact mean over it;
@@ -111,74 +169,94 @@ class RouterLosses:
     window_tokens: int | None = None
     accumulation: int = 1
     loss_scale: float = 1.0
-    injected: int = 0
+    injected: int = 0  # gradients that went back into a router's logits
+    model: nn.Module | None = None
+    _depth: int = 0  # models around the routers that are running
+    _paused: bool = False
+    _passes: int = 0
+    _open: tuple[int, int] = (0, 0)  # passes since the last backward pass, and `injected` then
     _mask: Tensor | None = None
-    _seen: set[int] = field(default_factory=set)
-    _records: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
+    _tokens: tuple[Tensor, Tensor] | None = None  # `_weights` of this pass, the same for all layers
+    _raw: dict[int, Tensor] = field(default_factory=dict)
+    _reported: dict[int, int] = field(default_factory=dict)  # layer → the last pass in which it reported
+    _records: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # sums (1 + 6 + E,), extremes (2,)
     _hooks: list = field(default_factory=list)
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        terms = f"loss + {self.z_coef:g} × z-loss + {self.balance_coef:g} × balancing loss (1.0 at balance)"
+        return f"{terms}: mean over valid tokens, {self.reduction} over {len(self.routers)} layers"
 
-    def _begin(self, _module, args, kwargs) -> None:
-        """Before the decoder runs: note its padding mask; each router may report once until the next call."""
-        self._seen.clear()
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1:
-            mask = args[1]
-        # Decoders also accept ready-made 4-D masks, which do not say which tokens are padding.
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    @torch.compiler.disable  # traced, the hooks' counters would be baked in; so a compiled graph breaks here
+    def _enter(self, module, args, kwargs) -> None:
+        """Before a model around the routers runs, outermost first: note its padding mask."""
+        self._depth += 1
+        if not (module.training and torch.is_grad_enabled()):  # evaluation, generation, a reference model's pass
+            self._paused = True
+            return
+        if self._depth == 1:
+            self._passes, self._mask, self._tokens = self._passes + 1, None, None
+            self._open = (self._open[0] + 1 if self._open[1] == self.injected else 1), self.injected
+            if self._passes == 2 and (problem := self.problem()):
+                warnings.warn(f"{problem}. (Ignore this if no backward pass has run yet.)", RuntimeWarning, stacklevel=2)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # inner models often get 4-D masks, which do not tell padding
+            self._mask = mask
 
-    def _route(self, router, _args, output):
-        if not router.training:
+    @torch.compiler.disable
+    def _leave(self, *_) -> None:
+        self._depth = max(0, self._depth - 1)
+        self._paused = self._paused and self._depth > 0
+
+    @torch.compiler.disable
+    def _route(self, layer: int, place: int, top_k: int | None, router, _args, output):
+        raw = self._raw.pop(layer, None)
+        if self._paused or not router.training:
             return None
-        if not (isinstance(output, tuple) and len(output) >= 3):
-            raise ValueError(f"{type(router).__name__} does not return (logits, scores, indices): its losses cannot be attached")
-        logits, scores, *rest = output
-        valid = _valid(self.valid if self.valid is not None else self._mask, logits)
-        layer = self.routers.index(router)
-        top_k = scores.shape[-1]
-        if id(router) not in self._seen:  # a checkpointed layer runs again in backward: that is not a second report
-            self._seen.add(id(router))
-            with torch.no_grad():
-                self._records.setdefault(layer, []).append(_statistics(logits.detach().float(), top_k, valid))
-        if not (torch.is_grad_enabled() and logits.requires_grad):
+        if router is not self.routers[layer]:
+            raise RuntimeError("this router is a copy: attach after PEFT, and use torchrun instead of nn.DataParallel")
+        parts, logits, carrier, chosen = _read(router, output, place, top_k, raw)
+        again = self._reported.get(layer) == self._passes  # recomputed by checkpointing: not a second report
+        attach = (self.z_coef or self.balance_coef) and torch.is_grad_enabled() and logits.requires_grad
+        if again and attach and self._open[0] > 1 and self._mask is not None:
+            raise RuntimeError("checkpointing, and several passes before one backward: the first one's padding mask is gone")
+        if self._tokens is None:
+            self._tokens = _weights(self.valid if self.valid is not None else self._mask, logits)
+        weight, count = (t.to(logits.device) for t in self._tokens)
+        routing = _Routing(logits, chosen, weight)
+        if not again:
+            self._reported[layer] = self._passes
+            means, extremes = routing.statistics()
+            sums = torch.cat([count.reshape(1), means * count]).double()
+            if layer in self._records:  # constant memory, however late somebody resets
+                sums, extremes = sums + self._records[layer][0], torch.maximum(extremes, self._records[layer][1])
+            self._records[layer] = sums, extremes
+        if not attach:
             return None
-        loss = self._loss(logits, top_k, valid)
-        return (logits, _Attach.apply(scores, loss, self), *rest)
-
-    def _loss(self, logits: Tensor, top_k: int, valid: Tensor) -> Tensor:
-        """This layer's share of the router loss, normalised so that all shares of a window add up to its mean."""
-        z = router_z_loss(logits, valid) * self.z_coef
-        balance = load_balancing_loss(logits, top_k, valid) * self.balance_coef if self.balance_coef else 0.0
-        share = valid.sum() / self.window_tokens if self.window_tokens else 1.0 / self.accumulation
-        return (z + balance) * share / (len(self.routers) if self.reduction == "mean" else 1)
-
-    # -- results -------------------------------------------------------------------------------------------------
+        share = count / self.window_tokens if self.window_tokens else 1 / self.accumulation
+        share = share / (len(self.routers) if self.reduction == "mean" else 1)
+        # Linear in the logits, with the losses' gradient; its value is not used.
+        loss = (logits * routing.gradient(self.z_coef * share, self.balance_coef * share)).sum()
+        parts = (*parts[:carrier], _Attach.apply(parts[carrier], loss, self), *parts[carrier + 1 :])
+        return parts if isinstance(output, tuple) else parts[0]
 
     def layer_metrics(self) -> dict[str, Tensor]:
-        """Means over what was recorded since `reset`, by layer: z, balance, entropy, logsumexp, mean, spread, max, min (L,)
-        and load (L, E), in nats and shares; weighted by valid tokens."""
+        """By layer, over the valid tokens since `reset`: tokens, z, balance, entropy, logsumexp and its standard deviation
+        over tokens, mean, spread (over experts), max and min logit (L,), in nats; load (L, E), shares that sum to 1."""
         if not self._records:
             return {}
-        rows = [self._records[layer] for layer in sorted(self._records)]
-        result = {}
-        for name in rows[0][0]:
-            if name == "tokens":
-                continue
-            values = [torch.stack([r[name] for r in row]) for row in rows]
-            if name in ("max", "min"):
-                result[name] = torch.stack([getattr(v, name)() for v in values]).cpu()
-                continue
-            weights = [torch.stack([r["tokens"] for r in row]) for row in rows]
-            weights = [w / w.sum().clamp_min(1.0) for w in weights]
-            result[name] = torch.stack([torch.tensordot(w, v, dims=1) for w, v in zip(weights, values, strict=True)]).cpu()
-        return result
+        sums, extremes = (torch.stack([self._records[layer][i].cpu() for layer in sorted(self._records)]) for i in (0, 1))
+        means = sums[:, 1:] / sums[:, :1].clamp_min(1)
+        result = {"tokens": sums[:, 0]} | {name: means[:, i] for i, name in enumerate(_STATISTICS)}
+        result |= {"logsumexp_std": (result["z"] - result["logsumexp"] ** 2).clamp_min(0).sqrt()}
+        result |= {"max": extremes[:, 0], "min": -extremes[:, 1]}
+        result["load"] = nn.functional.normalize(means[:, len(_STATISTICS) :], p=1)
+        return {name: value.float() for name, value in result.items()}
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The same, averaged over layers, as numbers (max and min: over all layers)."""
+        """The same, averaged over layers, as numbers (max and min: over all layers; max_load: 1.0 at balance)."""
         layers = self.layer_metrics()
-        numbers = {f"router/{n}": float(v.mean()) for n, v in layers.items() if n not in ("load", "max", "min")}
+        numbers = {f"router/{n}": float(v.mean()) for n, v in layers.items() if n not in ("tokens", "load", "max", "min")}
         if layers:
             numbers["router/max"], numbers["router/min"] = float(layers["max"].max()), float(layers["min"].min())
             numbers["router/max_load"] = float(layers["load"].max() * layers["load"].shape[1])
@@ -188,44 +266,57 @@ class RouterLosses:
         """Forget what was recorded."""
         self._records.clear()
 
-    def verify(self) -> None:
-        """After a backward pass: RuntimeError unless the losses are non-zero and reached something trainable."""
+    def problem(self) -> str | None:
+        """Why the losses do nothing, if so; to be asked after a backward pass."""
         if not (self.z_coef or self.balance_coef):
-            return
-        if not self.metrics or not self.metrics["router/z"] > 0:
-            raise RuntimeError("router losses are attached, but no router reported: is the model in train mode?")
-        if not self.injected:
-            raise RuntimeError(
-                "router losses have a value but no gradient: nothing trainable lies before or in a router. "
-                "Train LoRA on attention, experts or router, and call enable_input_require_grads() for reentrant checkpointing"
-            )
+            return None
+        if silent := len(self.routers) - len(self._reported):
+            return f"{silent} of {len(self.routers)} routers never reported their logits: is the model in train mode?"
+        if self.injected and _upstream(self.model, self.routers[-1]):
+            return None
+        return (
+            "the router losses have a value but no gradient: nothing trainable lies before or in a router. Train LoRA on "
+            "attention, experts or router, and call enable_input_require_grads() for reentrant checkpointing"
+        )
+
+    def verify(self) -> None:
+        """RuntimeError if there is a `problem`. Where nobody calls it, the second pass in train mode warns."""
+        if problem := self.problem():
+            raise RuntimeError(problem)
 
     def remove(self) -> None:
         """Take all hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        torch.compiler.reset()  # compiled code has the hooks inside
 
 
-def _statistics(x: Tensor, top_k: int, valid: Tensor) -> dict[str, Tensor]:
-    """What the log shows of one layer's logits (T, E), over valid tokens; no host synchronisation."""
-    count = valid.sum().clamp_min(1.0)
-    lse, p = torch.logsumexp(x, -1), x.softmax(-1)
-    chosen = torch.zeros_like(x).scatter_(1, x.topk(top_k, -1).indices, 1.0)
-    load, importance = (chosen * valid[:, None]).sum(0) / count, (p * valid[:, None]).sum(0) / count
-    kept = valid[:, None] > 0
-    return {
-        "tokens": valid.sum(),
-        "z": (lse.square() * valid).sum() / count,
-        "balance": (load * importance).sum() * x.shape[1] / top_k,
-        "logsumexp": (lse * valid).sum() / count,
-        "entropy": (-(p * p.clamp_min(1e-12).log()).sum(-1) * valid).sum() / count,
-        "mean": (x.mean(-1) * valid).sum() / count,
-        "spread": (x.std(-1) * valid).sum() / count,
-        "max": x.masked_fill(~kept, -torch.inf).max(),
-        "min": x.masked_fill(~kept, torch.inf).min(),
-        "load": load / top_k,
-    }
+def _routers(model: nn.Module) -> list[tuple[nn.Module, int, int | None]]:
+    """(router, place of its logits in its output, top-k if it or its parent tells), in order."""
+    places, found = dict(router_recorders(model)), []
+    for name, router in model.named_modules():
+        # PEFT's modules_to_save keeps the frozen original beside the copy that runs: it is no layer of its own.
+        if router in places and "original_module" not in name.split("."):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            found.append((router, places[router], getattr(router, "top_k", getattr(parent, "top_k", None))))
+    if not found:
+        raise ValueError(f"{type(model).__name__} records no router logits in transformers: not a routed model, or not supported")
+    return found
+
+
+def _around(model: nn.Module, router: nn.Module) -> list[nn.Module]:
+    """The pretrained models that hold the router, outermost first: every way of training goes through the innermost."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is router for c in m.modules())] or [model]
+
+
+def _upstream(model: nn.Module, router: nn.Module) -> list[str]:
+    """Trainable parameters up to the end of the router's layer ("model.layers.31."): what comes later cannot move it."""
+    words = next(name for name, m in model.named_modules() if m is router).split(".")
+    layer = ".".join(words[: max((i + 1 for i, word in enumerate(words) if word.isdigit()), default=len(words))]) + "."
+    parameters = list(model.named_parameters())
+    end = max(i for i, (name, _) in enumerate(parameters) if name.startswith(layer))
+    return [name for name, p in parameters[: end + 1] if p.requires_grad]
 
 
 def attach_router_losses(
@@ -233,24 +324,49 @@ def attach_router_losses(
 ) -> RouterLosses:
     """Add the router losses to whatever loss is trained, on a model or a PEFT model; returns the handle.
 
-    Only acts in train mode; outputs are never changed. Raises ValueError for a model whose routers transformers cannot
-    name, and at the first training step if they do not return (logits, scores, indices) or the mask has another size.
+    Acts in train mode with gradients on; never changes outputs. Attach after PEFT. ValueError, with the reason, for a model
+    that cannot be served (at the first training step, where only what its routers return can tell).
     """
-    found = {id(m) for m in router_modules(model)}
-    # PEFT's modules_to_save keeps the frozen original beside the copy that runs: it is no layer of its own.
-    routers = [m for name, m in model.named_modules() if id(m) in found and "original_module" not in name.split(".")]
-    if not routers:
-        raise ValueError(f"{type(model).__name__} records no router logits in transformers: not a routed model, or not supported")
-    handle = RouterLosses(z_coef, balance_coef, reduction, routers)
-    decoder = _decoder(model)
-    handle._hooks.append(decoder.register_forward_pre_hook(handle._begin, with_kwargs=True))
-    handle._hooks += [r.register_forward_hook(handle._route) for r in routers]
+    found = _routers(model)
+    around = _around(model, found[-1][0])
+    if any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder, whose padding masks differ: not supported")
+    handle = RouterLosses(z_coef, balance_coef, reduction, [router for router, *_ in found], model=model)
+    for module in around:
+        handle._hooks.append(module.register_forward_pre_hook(handle._enter, with_kwargs=True))
+        handle._hooks.append(module.register_forward_hook(handle._leave, always_call=True))
+    for layer, (router, place, top_k) in enumerate(found):
+        if child := _RAW_LOGITS.get(type(router).__name__):
+            keep = lambda _module, _args, output, layer=layer: handle._raw.update({layer: output})  # noqa: E731
+            handle._hooks.append(router.get_submodule(child).register_forward_hook(keep))
+        handle._hooks.append(router.register_forward_hook(partial(handle._route, layer, place, top_k)))
+    torch.compiler.reset()  # code compiled before this would go on without the hooks, and not notice
     return handle
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The innermost pretrained model around the routers: every way of training goes through its forward."""
-    from transformers import PreTrainedModel
+@torch.no_grad()
+def routing(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The experts (L, T, k) that the valid tokens of a fixed batch run, in eval mode: a snapshot for `changed_share`."""
+    found, chosen, modes = _routers(model), {}, [(m, m.training) for m in model.modules()]
 
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return inner[-1] if inner else model
+    def keep(layer, place, top_k, router, _args, output):
+        chosen[layer] = _read(router, output, place, top_k)[-1].sort(-1).values.cpu()
+
+    hooks = [r.register_forward_hook(partial(keep, layer, *rest)) for layer, (r, *rest) in enumerate(found)]
+    try:
+        model.eval()
+        decoder = _around(model, found[-1][0])[-1]  # without the head: nobody needs its logits
+        decoder(**{k: v for k, v in batch.items() if k not in ("labels", "valid")} | {"use_cache": False})
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    valid = batch.get("valid", batch.get("attention_mask"))
+    every = torch.stack([chosen[layer] for layer in sorted(chosen)])
+    return every if valid is None else every[:, valid.reshape(-1).bool().cpu()]
+
+
+def changed_share(before: Tensor, after: Tensor) -> Tensor:
+    """Share of tokens whose set of experts changed between two snapshots of `routing`, by layer (L,)."""
+    return (before != after).any(-1).float().mean(-1)

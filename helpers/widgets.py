@@ -6,6 +6,8 @@ set the value of an HTML box, so there are no output areas in which an error cou
 from __future__ import annotations
 
 import html
+import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -172,3 +174,58 @@ def token_html(pieces: Sequence[tuple[str, bool]]) -> str:
             back = ("#f0f0f0", "#e2e2e2")[i % 2]
             spans.append(f'<span style="background:{back};color:#555">{shown}</span>')
     return f'<div style="font-family:monospace;line-height:1.7;white-space:pre-wrap">{"".join(spans)}</div>'
+
+
+# -------------------------------------------------------------------------------------------------- router playground
+
+
+def router_playground(scale: float = 1.0, experts: int = 8, shift: float = 0.0, dtype: str = "bfloat16") -> dict:
+    """One token's router: logits as they should be and as `dtype` stores them, and what follows from the stored ones.
+
+    The logits are evenly spread quantiles of a normal distribution, the largest first, times `scale`, plus `shift`.
+    Returns exact, stored, softmax (of the exact ones), routed (softmax of the stored ones) and gradient, each (E,) in fp64,
+    and the numbers entropy, logsumexp and z of the stored ones.
+    """
+    import torch
+
+    normal = statistics.NormalDist()
+    exact = torch.tensor([normal.inv_cdf(1 - (i + 0.5) / experts) for i in range(experts)], dtype=torch.float64) * scale + shift
+    stored = exact.to(getattr(torch, dtype)).double()
+    routed, lse = stored.softmax(-1), torch.logsumexp(stored, -1)
+    numbers = {"entropy": torch.special.entr(routed).sum(), "logsumexp": lse, "z": lse.square()}
+    vectors = {"exact": exact, "stored": stored, "softmax": exact.softmax(-1), "routed": routed, "gradient": 2 * lse * routed}
+    return vectors | {name: value.item() for name, value in numbers.items()}
+
+
+def router_playground_page(scale: float = 1.0, experts: int = 8, shift: float = 0.0, dtype: str = "bfloat16") -> str:
+    """`router_playground` as a table of at most eight experts, and the numbers below it."""
+    r = router_playground(scale, experts, shift, dtype)
+    sign = "-" if shift < 0 else "+"
+    lines = [f"one token, {experts} experts: logits x {scale:g} {sign} {abs(shift):g}, stored in {dtype}", ""]
+    lines += ["expert       exact      stored   softmax   after rounding           z-loss gradient"]
+    for e in range(experts):
+        if experts > 8 and 6 <= e < experts - 1:
+            lines += ["   ..."] * (e == 6)
+            continue
+        exact, stored, softmax, routed, gradient = (r[k][e] for k in ("exact", "stored", "softmax", "routed", "gradient"))
+        bar = "█" * round(16 * routed.item())
+        lines += [f"{e:6}{exact:12.4f}{stored:12.4f}{softmax:10.4f}{routed:10.4f} {bar:<16}{gradient:14.4f}"]
+    logit, share = ((r[a] - r[b]).abs().max() for a, b in (("exact", "stored"), ("softmax", "routed")))
+    distinct = len(r["stored"].unique())
+    lines += ["", f"rounding     a logit is off by up to {logit:.2g}, a share by {share:.2g}; different logits left: {distinct}"]
+    lines += [f"entropy      {r['entropy']:.4f} nats (all experts alike: ln {experts} = {math.log(experts):.4f})"]
+    lines += [f"z-loss       {r['z']:.4f} = the square of the logsumexp, {r['logsumexp']:.4f}"]
+    largest = max(r["gradient"].tolist(), key=abs)
+    lines += [f"its gradient {largest:.4f} at the largest, {r['gradient'].sum():.4f} in all = 2 x logsumexp"]
+    return "\n".join(lines)
+
+
+def router_playground_panel() -> Panel:
+    """Scale and shift of the logits, number of experts and precision → the page, live."""
+    scale = ipywidgets.FloatLogSlider(value=1, base=2, min=-3, max=7, step=1, description="logits x")
+    shift = ipywidgets.FloatSlider(value=0, min=-32, max=160, step=0.5, description="plus")
+    experts = ipywidgets.Dropdown(options=[2, 4, 8, 16, 64, 128], value=8, description="experts")
+    dtype = ipywidgets.Dropdown(options=["bfloat16", "float16", "float32"], description="stored in")
+    controls = (scale, experts, shift, dtype)
+    rows = (ipywidgets.HBox([scale, shift]), ipywidgets.HBox([experts, dtype]))
+    return _live(controls, lambda: router_playground_page(*(c.value for c in controls)), rows)

@@ -144,3 +144,19 @@ def test_everything_that_the_helpers_import_is_required():
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"helpers"}:
                 if top in providers:
                     assert known & {canonicalize_name(d) for d in providers[top]}, f"{file.name}:{node.lineno} imports {top}"
+
+
+def test_the_pinned_versions_suit_every_package_that_is_installed():
+    """`pip install -c constraints.txt` into an empty environment fails where two pins exclude each other."""
+
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    pins = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, filter(None, lines))}
+    clashes, seen = [], 0
+    for package in metadata.distributions():
+        for requirement in map(Requirement, package.requires or ()):
+            pin = pins.get(canonicalize_name(requirement.name))
+            if pin and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+                seen += 1
+                if not requirement.specifier.contains(pin, prereleases=True):
+                    clashes.append(f"{package.name} wants {requirement}, pinned is {pin}")
+    assert seen > 50 and not clashes, "\n".join(clashes)

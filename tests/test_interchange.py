@@ -62,7 +62,8 @@ def test_axolotl_config_is_the_cards_recipe():
         "base_model": "mistralai/Mixtral-8x7B-v0.1", "learning_rate": 1e-4, "lr_scheduler": "cosine", "warmup_steps": 10,
         "micro_batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 3, "seed": 42, "sequence_len": 10240,
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "load_in_4bit": True, "adapter": "qlora",
-        "lora_r": 32, "lora_alpha": 16, "bf16": True, "sample_packing": True, "quantize_moe_experts": True, "attn_implementation": "flash_attention_2",
+        "lora_r": 32, "lora_alpha": 16, "bf16": True, "sample_packing": True, "quantize_moe_experts": True,
+        "attn_implementation": "flash_attention_2",
     }  # fmt: skip
     assert {k: config[k] for k in card} == card
     assert config["datasets"][0]["type"] == "input_output"

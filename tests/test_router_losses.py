@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig, TrainerCallback
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from helpers.quantization import router_modules
-from helpers.router_losses import attach_router_losses, load_balancing_loss, router_z_loss
+from helpers.router_losses import (
+    _Routing,
+    _weights,
+    attach_router_losses,
+    changed_share,
+    load_balancing_loss,
+    router_z_loss,
+    routing,
+)
 from helpers.tiny import tiny_config
 
 TOP_K = 2
@@ -133,9 +148,66 @@ def test_logits_in_bf16_are_computed_in_fp32():
     assert router_z_loss(x).item() == pytest.approx(z_by_hand(x.float()), rel=1e-5)
 
 
+# fmt: off
+FLAXFORMER = torch.tensor([  # jax.random.uniform(jax.random.PRNGKey(0), (2, 6, 4), minval=-5, maxval=5), of the generator of
+    -4.2124424, 3.891939, -3.6481273, 1.8849981, 0.32625437, 2.918651, 0.84758997, -4.556842,  # 2023: in jax 0.10 with
+    -3.32062, 4.6977115, -0.15439987, 0.44086337, 3.4467149, 4.3436565, -4.7224274, -4.264637,  # jax_threefry_partitionable
+    -2.224406, -2.5318158, -1.3832569, 1.1891162, -2.320062, -0.44705987, 4.289819, -0.0066268444,  # switched off
+    0.99470854, -0.6992364, 0.25503993, 4.2952085, 3.5937333, -3.2408535, -4.298278, 4.426601,
+    0.7669008, 2.6588762, 2.4505413, 4.6051874, 0.23330331, -3.0845237, 0.6262374, -2.9865491,
+    0.7595146, -2.1099675, -4.155346, -2.8326452, 2.3771453, 1.004138, -3.1781673, 0.7581556,
+]).view(12, 4)
+# fmt: on
+
+
+def test_flaxformers_published_value():
+    """google/flaxformer, architectures/moe/routing_test.py, test_router_z_loss: 13.786719 (TPU; jax on a CPU says 13.786717)."""
+    assert router_z_loss(FLAXFORMER).item() == pytest.approx(13.786719, abs=4e-6)
+    assert z_by_hand(FLAXFORMER) == pytest.approx(13.786719, abs=1e-6)
+
+
+def test_what_a_coefficient_of_one_is_elsewhere():
+    """The table in the module's docstring: the same total loss, with OLMoE's, Megatron's and transformers' formulas."""
+    layers, k = [logits(i, 40, 8) for i in range(3)], 2
+    squares = [torch.logsumexp(x, -1).square() for x in layers]
+    olmoe = sum(v.sum() for v in squares) / (len(layers) * 40 * k)
+    megatron = sum(v.mean() for v in squares)
+    assert k * olmoe.item() == pytest.approx(router_z_loss(layers).item(), rel=1e-5)
+    assert megatron.item() / len(layers) == pytest.approx(router_z_loss(layers).item(), rel=1e-5)
+    pooled = load_balancing_loss_func((layers[0],), 8, k)
+    assert pooled.item() / k == pytest.approx(load_balancing_loss(layers[0], k).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_pooled_form_is_transformers(masked):
+    layers = [logits(i, 40, 8) for i in range(3)]
+    mask = (torch.arange(40) % 5 > 0).long().view(4, 10) if masked else None
+    theirs = load_balancing_loss_func(tuple(layers), 8, TOP_K, mask).item()
+    assert load_balancing_loss(layers, TOP_K, mask, pooled=True).item() == pytest.approx(theirs, rel=1e-5)
+    one = load_balancing_loss(layers[0], TOP_K, mask)
+    assert load_balancing_loss(layers[0], TOP_K, mask, pooled=True).item() == pytest.approx(TOP_K * one.item(), rel=1e-6)
+    assert theirs < TOP_K * load_balancing_loss(layers, TOP_K, mask).item(), "pooling hides what single layers do"
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(0, 99))
+def test_the_written_out_gradient_is_autograds(shape, seed):
+    """The attached losses do not use autograd: their gradient and values against the two functions'."""
+    _, tokens, experts, scale = shape
+    x = logits(seed, tokens, experts, scale).requires_grad_()
+    k, mask = min(TOP_K, experts), torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) > 0.3
+    (expected,) = torch.autograd.grad(Z * router_z_loss(x, mask) + B * load_balancing_loss(x, k, mask), x)
+    routed = _Routing(x, x.topk(k).indices, _weights(mask, x)[0])
+    torch.testing.assert_close(routed.gradient(Z, B), expected, rtol=1e-4, atol=1e-6)
+    (balance, z, *_), _ = routed.statistics()
+    assert z.item() == pytest.approx(router_z_loss(x, mask).item(), rel=1e-4, abs=1e-5)
+    assert balance.item() == pytest.approx(load_balancing_loss(x, k, mask).item(), rel=1e-4, abs=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
 def test_padding_counts_as_if_it_were_not_there(seed, kept):
+    """What Megatron-LM's own test of its masked z-loss asks for, value and gradient; here for the balancing loss too."""
     mask = torch.tensor(kept)
     x = logits(seed, len(kept), 8)
     results = []
@@ -169,10 +241,11 @@ def test_reductions_and_refusals():
 
 # ----------------------------------------------------------------------------------------------- attached to a model
 
-IDS = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(3, 128, (8, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[0, 8:] = 0
 MASK[2, 3:] = 0
+MASK[5, 6:] = 0
 LABELS = IDS.masked_fill(MASK == 0, -100)
 BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
 
@@ -251,7 +324,7 @@ def test_gradients_and_metrics_with_any_checkpointing(checkpointing):
     assert_same(found, expected)
     assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
     assert handle.metrics["router/balance"] == pytest.approx(balance, rel=1e-4)
-    assert [len(v) for v in handle._records.values()] == [1, 1]  # not again in the recomputation
+    assert handle.layer_metrics()["tokens"].tolist() == [MASK.sum()] * 2  # not again in the recomputation
     assert handle.injected == 2
 
 
@@ -289,7 +362,7 @@ def test_valid_replaces_the_attention_mask(mixtral):
     assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_accumulation_gives_the_gradient_of_one_big_batch(mixtral, steps):
     """With the window's token count the z-loss is exact, although micro-batches hold different numbers of tokens."""
     big, _, _ = reference(mixtral, z=Z, b=0.0)
@@ -350,7 +423,7 @@ def test_verify_finds_losses_that_do_nothing():
         handle.verify()  # nothing has run
     model.eval()
     model(**BATCH, use_cache=False).loss.backward()
-    with pytest.raises(RuntimeError, match="train mode"):
+    with pytest.raises(RuntimeError, match="2 of 2 routers never reported"):
         handle.verify()
     model.train()
     for name, p in model.named_parameters():
@@ -360,6 +433,299 @@ def test_verify_finds_losses_that_do_nothing():
         handle.verify()
     handle.remove()
     attach_router_losses(model, z_coef=0.0).verify()  # switched off is not an error
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["off", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("trained", ["lm_head", "model.norm", "nothing"])
+def test_a_gradient_that_ends_in_a_frozen_model_is_found(trained, checkpointing):
+    """enable_input_require_grads() lets the gradient flow through a model in which it reaches no weight."""
+    model = small()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    model.enable_input_require_grads()
+    handle = attach_router_losses(model, Z)
+    model(**BATCH, use_cache=False).loss.backward()
+    assert handle.injected == 2
+    with pytest.raises(RuntimeError, match="no gradient"):
+        handle.verify()
+
+
+def test_reentrant_checkpointing_without_input_gradients_is_found():
+    """The trap of LoRA under reentrant checkpointing: torch only warns, and nothing is trained."""
+    model = small()
+    model.model.embed_tokens.requires_grad_(False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.disable_input_require_grads()  # newer transformers switch them on by themselves, other trainers' wrappers do not
+    handle = attach_router_losses(model, Z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(**BATCH, use_cache=False).loss.backward()
+    with pytest.raises(RuntimeError, match="enable_input_require_grads"):
+        handle.verify()
+
+
+def test_who_never_calls_verify_is_warned_in_the_second_pass():
+    model = small()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("lm_head"))
+    handle = attach_router_losses(model, Z)
+    gradients(model, model(**BATCH, use_cache=False).loss)
+    with pytest.warns(RuntimeWarning, match="no gradient"):
+        gradients(model, model(**BATCH, use_cache=False).loss)
+    handle.remove()
+    model.requires_grad_(True)
+    handle = attach_router_losses(model, Z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            gradients(model, model(**BATCH, use_cache=False).loss)
+
+
+def test_the_handle_says_its_coefficients_with_their_reduction(mixtral):
+    handle = attach_router_losses(mixtral, 1e-3, 0.02, "sum")
+    assert str(handle) == (
+        "loss + 0.001 × z-loss + 0.02 × balancing loss (1.0 at balance): mean over valid tokens, sum over 2 layers"
+    )
+    handle.remove()
+
+
+def test_passes_without_gradient_neither_count_nor_disturb():
+    """Sampling, evaluation or a reference model's pass between a checkpointed forward pass and its backward pass."""
+    model = small()
+    expected, z, _ = reference(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    handle = attach_router_losses(model, Z, B)
+    loss = model(**BATCH, use_cache=False).loss
+    with torch.no_grad():
+        model(input_ids=IDS, attention_mask=MASK.flip(0), use_cache=False)
+    model.eval()
+    model(input_ids=IDS[:3], use_cache=False)
+    model.train()
+    assert_same(gradients(model, loss), expected)
+    assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
+
+
+def test_a_lost_mask_is_an_error():
+    """Checkpointed layers run again in backward; by then the masks of all passes but the last are gone."""
+    model = small()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    attach_router_losses(model, Z)
+    with pytest.warns(RuntimeWarning, match="if no backward pass has run yet"):
+        two = [model(input_ids=IDS, attention_mask=m, use_cache=False).logits.mean() for m in (MASK, MASK.flip(0))]
+    with pytest.raises(RuntimeError, match="padding mask is gone"):
+        sum(two).backward()
+
+
+def test_copies_of_a_router_are_not_taken_for_it(mixtral):
+    """nn.DataParallel runs shallow copies, in threads; a deep copy of the model has its own handle."""
+    handle = attach_router_losses(mixtral, Z)
+    router = router_modules(mixtral)[0]
+    with pytest.raises(RuntimeError, match="is a copy"):
+        copy.copy(router)(torch.zeros(3, 64))
+    copied = copy.deepcopy(mixtral)
+    copied(**BATCH, use_cache=False).loss.backward()
+    assert handle.metrics == {} and handle.injected == 0
+    handle.remove()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_generation_is_untouched(mixtral, train):
+    wanted = mixtral.eval().generate(IDS[1:3, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    handle = attach_router_losses(mixtral.train(train), Z, B)
+    found = mixtral.generate(IDS[1:3, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    mixtral.train()
+    handle.remove()
+    assert torch.equal(found, wanted) and handle.metrics == {} and handle.injected == 0
+
+
+# ------------------------------------------------------------------------------------- precision, compilers, trainers
+
+
+def test_autocast_to_bf16(mixtral):
+    """Losses in fp32 of the bf16 logits; gradients to the rounding of a bf16 backward pass."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixtral(**BATCH, output_router_logits=True, use_cache=False)
+        assert out.router_logits[0].dtype == torch.bfloat16
+        x = [v[MASK.flatten().bool()] for v in out.router_logits]
+        balance = sum(load_balancing_loss(v, TOP_K) for v in x) / len(x)
+        expected = gradients(mixtral, out.loss + Z * router_z_loss(x) + B * balance)
+        handle = attach_router_losses(mixtral, Z, B)
+        loss = mixtral(**BATCH, use_cache=False).loss
+    found = gradients(mixtral, loss)
+    handle.remove()
+    assert handle.metrics["router/z"] == pytest.approx(router_z_loss(x).item(), rel=1e-5)
+    assert handle.metrics["router/balance"] == pytest.approx(balance.item(), rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert (found[name] - g).norm() <= 0.02 * g.norm(), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_under_torch_compile(backend):
+    """Code that was compiled before attaching has no hooks in it, and torch does not check: attaching throws it away."""
+    model = small()
+    expected, without = reference(model)[0], reference(model, z=0.0, b=0.0)[0]
+    model.compile(backend=backend)
+
+    def step():
+        return gradients(model, model(**BATCH, use_cache=False).loss)
+
+    assert_same(step(), without)
+    handle = attach_router_losses(model, Z, B)
+    assert_same(step(), expected)
+    handle.verify()
+    assert_same(step(), expected)
+    assert handle.layer_metrics()["tokens"].tolist() == [2 * MASK.sum()] * 2
+    handle.remove()
+    assert_same(step(), without)
+    assert handle.injected == 4
+
+
+class Catch(TrainerCallback):
+    """The gradients of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "module", model)
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_under_trls_sft_trainer(accumulation, tmp_path, tokenizer):
+    """TRL goes around the model's forward. Its step with the losses, minus its step without, is the losses' gradient."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    def one_step(z: float, b: float) -> dict[str, torch.Tensor]:
+        model, catch = small(), Catch()
+        handle = attach_router_losses(model, z, b)
+        handle.accumulation = accumulation
+        args = SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0.0,
+            router_aux_loss_coef=0.0,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        rows = Dataset.from_list([{"input_ids": row} for row in IDS.tolist()])
+        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[catch])
+        trainer.train()
+        handle.verify()
+        return catch.gradients
+
+    model = small()
+    losses = []
+    for ids in IDS.chunk(accumulation):
+        x = model(input_ids=ids, output_router_logits=True, use_cache=False).router_logits
+        losses.append(Z * router_z_loss(x) + B * load_balancing_loss(x, TOP_K))
+    expected = gradients(model, sum(losses) / accumulation)
+    found, without = one_step(Z, B), one_step(0.0, 0.0)
+    assert_same({n: found[n] - without[n] for n in expected}, expected)
+
+
+def course_step(folder: str, processes: int) -> dict[str, torch.Tensor]:
+    """Gradients of one optimizer step of CourseTrainer over eight rows of different lengths, as one process sees them."""
+    from transformers import TrainingArguments
+
+    from helpers.tokens import Collator
+    from helpers.training import CourseTrainer
+
+    lengths = [12, 5, 9, 3, 12, 7, 4, 10]
+    rows = [
+        {"input_ids": ids[:n], "labels": ids[:n], "position_ids": list(range(n))}
+        for ids, n in zip(IDS.tolist(), lengths, strict=True)
+    ]
+    model, catch = small(), Catch()
+    handle = attach_router_losses(model, Z)
+    args = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=4 // processes,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        ddp_backend="gloo" if processes > 1 else None,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = CourseTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=Collator(0), callbacks=[catch], router_losses=handle
+    )
+    trainer.train()
+    handle.verify()
+    return catch.gradients
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """accelerate with gloo on CPU: tokens are counted over all processes, and DistributedDataParallel's mean is undone."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.test_router_losses", str(tmp_path)]
+    workers = [
+        subprocess.Popen(
+            command,
+            env={**env, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=Path(__file__).resolve().parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        one = course_step(str(tmp_path / "one"), 1)
+        outputs = [w.communicate(timeout=240)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0, 0], "\n".join(outputs)
+    for rank in "01":
+        assert_same(torch.load(tmp_path / f"{rank}.pt"), one)
+
+
+# ------------------------------------------------------------------------------------------ has the routing changed since?
+
+
+def test_the_share_of_changed_tokens_is_a_count(mixtral):
+    """Against recorded logits and Python sets, after a step that really moves routers."""
+    model = small()
+    recorded, snapshots = [], []
+    for _ in range(2):
+        with torch.no_grad():
+            x = model.eval()(**BATCH, output_router_logits=True, use_cache=False).router_logits
+        model.train()
+        recorded.append([[set(t.topk(TOP_K).indices.tolist()) for t in v[MASK.flatten().bool()]] for v in x])
+        snapshots.append(routing(model, BATCH))
+        with torch.no_grad():
+            for router in router_modules(model):
+                router.weight.add_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    counted = [sum(a != b for a, b in zip(*layer, strict=True)) / len(layer[0]) for layer in zip(*recorded, strict=True)]
+    assert changed_share(*snapshots).tolist() == pytest.approx(counted)
+    assert 0.05 < counted[0] < 0.95 and model.training
+    assert not changed_share(snapshots[0], snapshots[0].clone()).any()
+
+
+def test_snapshots_take_packed_batches_and_leave_no_trace(mixtral):
+    batch = {"input_ids": IDS, "labels": LABELS, "valid": MASK.bool()}
+    handle = attach_router_losses(mixtral, Z)
+    hooks = [len(m._forward_hooks) for m in mixtral.modules()]
+    snapshot = routing(mixtral, batch)
+    assert snapshot.shape == (2, MASK.sum(), TOP_K) and handle.metrics == {} and mixtral.training
+    assert [len(m._forward_hooks) for m in mixtral.modules()] == hooks
+    handle.remove()
 
 
 def test_frozen_router_still_trains_what_lies_before_it():
@@ -377,7 +743,7 @@ def test_metrics_are_those_of_the_recorded_logits(mixtral):
     x = torch.stack([v[MASK.reshape(-1).bool()] for v in out.router_logits]).detach().double()  # (L, T, E)
     handle = attach_router_losses(mixtral, Z)
     for _ in range(2):  # averaging over two equal passes changes nothing
-        mixtral(**BATCH, use_cache=False)
+        mixtral(**BATCH, use_cache=False).loss.backward()
     layers = handle.layer_metrics()
     handle.remove()
     p = x.softmax(-1)
@@ -385,6 +751,8 @@ def test_metrics_are_those_of_the_recorded_logits(mixtral):
         "z": x.logsumexp(-1).square().mean(1),
         "logsumexp": x.logsumexp(-1).mean(1),
         "entropy": -(p * p.log()).sum(-1).mean(1),
+        "logsumexp_std": x.logsumexp(-1).std(1, correction=0),
+        "tokens": torch.full((2,), 2 * int(MASK.sum())),
         "mean": x.mean((1, 2)),
         "spread": x.std(-1).mean(1),
         "max": x.amax((1, 2)),
@@ -440,3 +808,8 @@ def test_under_peft(router, checkpointing):
     assert any("gate" in n for n in expected)
     assert_same(found, expected)
     assert metrics["router/z"] == pytest.approx(z, rel=1e-4)
+
+
+if __name__ == "__main__":  # one of the processes of test_two_processes_give_the_gradient_of_one
+    torch.set_num_threads(1)
+    torch.save(course_step(sys.argv[1] + "/two", 2), f"{sys.argv[1]}/{os.environ['RANK']}.pt")

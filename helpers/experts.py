@@ -14,7 +14,8 @@ E experts, H hidden size, I intermediate size, T tokens, k experts a token, r Lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import bitsandbytes.functional as bnbf
@@ -26,6 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "nf4"
 STACKS = ("gate_up_proj", "down_proj")
 BLOCK = 64  # weights that share one scale; never straddles experts because in_features is a multiple of it
+_SLICE = {"cpu": 2**20, "cuda": 2**28}  # weights quantised at a time; multiples of BLOCK
 
 
 class Factors(NamedTuple):
@@ -66,24 +68,38 @@ def stack_shape(weight: Tensor) -> torch.Size:
     return weight.quant_state.shape if isinstance(weight, Params4bit) else weight.shape
 
 
-def block_scales(state: bnbf.QuantState) -> Tensor:
-    """One fp32 scale for each block of 64 weights, undoing double quantisation (QLoRA, arXiv 2305.14314, §3)."""
+def block_scales(state: bnbf.QuantState, first: int = 0, count: int | None = None) -> Tensor:
+    """One fp32 scale for each block of 64 weights, undoing double quantisation (QLoRA, arXiv 2305.14314, §3).
+
+    `count` scales from `first` on, which must begin and end with a block of the second quantisation; all by default.
+    """
+    last = len(state.absmax) if count is None else first + count
     if not state.nested:
-        return state.absmax.float()
-    return bnbf.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+        return state.absmax[first:last].float()
+    second = state.state2
+    inner = second.absmax[first // second.blocksize : -(-last // second.blocksize)]
+    codes = state.absmax[first:last]
+    return bnbf.dequantize_blockwise(codes, absmax=inner, code=second.code, blocksize=second.blocksize) + state.offset
 
 
 class Unpacker:
-    """Gives expert e's weight matrix (out, in) in the compute dtype; a plain tensor for an unquantised stack."""
+    """Gives expert e's weight matrix (out, in) in the compute dtype; a plain tensor for an unquantised stack.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
+    `few` says that only some experts will be asked for (decoding one token): then nothing of the others is touched, not even
+    their scales. Otherwise the scales of all are undone in one go, which is fewer kernels.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, few: bool = False):
         self.weight, self.dtype = weight.detach(), dtype
         self.packed = isinstance(weight, Params4bit)
         if self.packed:
-            state = weight.quant_state
-            experts, self.rows, self.columns = state.shape
-            self.state, self.scales = state, block_scales(state).view(experts, -1)
+            self.state = weight.quant_state
+            experts, self.rows, self.columns = self.state.shape
             self.weight = self.weight.view(experts, -1)
+            self.blocks = self.rows * self.columns // BLOCK  # of one expert
+            # Double quantisation has blocks of its own (256 scales): an expert stands alone if it fills whole ones.
+            alone = few and self.state.nested and self.blocks % self.state.state2.blocksize == 0
+            self.scales = None if alone else block_scales(self.state).view(experts, -1)
             # bitsandbytes unpacks to fp32, fp16 and bf16
             self.raw = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
 
@@ -91,7 +107,7 @@ class Unpacker:
         if not self.packed:
             return self.weight[e].to(self.dtype)
         state = bnbf.QuantState(
-            absmax=self.scales[e],
+            absmax=self.scales[e] if self.scales is not None else block_scales(self.state, e * self.blocks, self.blocks),
             shape=torch.Size((self.rows, self.columns)),
             code=self.state.code,
             blocksize=self.state.blocksize,
@@ -109,14 +125,69 @@ def dequantize_stack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def quantize_stack(weight: Tensor, double_quant: bool = True) -> Params4bit:
-    """A stack (E, out, in) packed into NF4 on its own device."""
-    packed = Params4bit(
-        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=double_quant, blocksize=BLOCK
-    )
-    packed = packed.to(weight.device)
-    if packed.quant_state is None:
-        raise RuntimeError(f"bitsandbytes did not quantise on {weight.device}: run `python -m helpers doctor`")
-    return packed
+    """A stack (E, out, in) packed into NF4 on its own device: the codes and scales of bitsandbytes' `quantize_4bit`."""
+    return pack(weight, weight.shape, double_quant)
+
+
+@torch.no_grad()
+def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool = True) -> Params4bit:
+    """E matrices (out, in), given one after the other, packed into one NF4 stack of `shape` (E, out, in).
+
+    Only the matrix at hand is needed, and of its quantisation only a slice at a time: on the CPU bitsandbytes' working
+    memory is ten times its bf16 input. Blocks do not see each other, so slicing changes no code; it also keeps every call
+    below the 2³¹ elements of the CUDA kernels. Raises ValueError for a matrix of another shape and for non-finite weights.
+    """
+    codes = scales = None
+    at, count = 0, 0
+    for matrix in matrices:
+        if matrix.shape != torch.Size(shape[1:]):
+            raise ValueError(f"expert {count} has shape {tuple(matrix.shape)}, the model wants {tuple(shape[1:])}")
+        if codes is None:
+            total = math.prod(shape)
+            codes = torch.empty((total // 2, 1), dtype=torch.uint8, device=matrix.device)
+            scales = torch.empty(total // BLOCK, dtype=torch.float32, device=matrix.device)
+            dtype = matrix.dtype
+        for piece in matrix.reshape(-1).split(_SLICE.get(matrix.device.type, 2**28)):
+            packed, state = bnbf.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+            codes[at // 2 : (at + piece.numel()) // 2] = packed
+            scales[at // BLOCK : (at + piece.numel()) // BLOCK] = state.absmax
+            at += piece.numel()
+        count += 1
+    if count != shape[0]:
+        raise ValueError(f"{count} experts were given, the model has {shape[0]}")
+    if not torch.isfinite(scales).all():
+        raise ValueError("the weights are not finite: there is a NaN or an infinity among them")
+    return pack_codes(codes, scales, shape, dtype, double_quant)
+
+
+def pack_codes(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> Params4bit:
+    """The parameter that bitsandbytes would have made of these codes (n/2, 1) uint8 and scales (n/64,) fp32."""
+    code = bnbf.get_4bit_type("nf4", device=codes.device)
+    state = bnbf.QuantState(scales, torch.Size(shape), code, BLOCK, "nf4", dtype)
+    if double_quant:
+        state.offset = scales.mean()
+        state.absmax, state.state2 = bnbf.quantize_blockwise(scales - state.offset, blocksize=256)
+        state.nested = True
+    return Params4bit(
+        codes, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4",
+        bnb_quantized=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def random_packed(
+    shape: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator, double_quant: bool = True
+) -> Params4bit:
+    """Random NF4 weights of a standard deviation, on the generator's device, that were never anything but 4-bit.
+
+    The codes are drawn evenly and the scales around the value that gives `std`. No real matrix looks quite like this (fewer
+    of its codes are extreme), but it costs what one costs.
+    """
+    total, device = math.prod(shape), generator.device
+    codes = torch.randint(256, (-(-total // 2), 1), dtype=torch.uint8, device=device, generator=generator)
+    rms = bnbf.get_4bit_type("nf4", device=device).square().mean().sqrt()
+    jitter = torch.rand(-(-total // BLOCK), device=device, generator=generator).sub_(0.5).mul_(0.2)
+    return pack_codes(codes, jitter.add_(1).mul_(std / rms), shape, dtype, double_quant)
 
 
 # -------------------------------------------------------------------------------------------------------- the maths
@@ -185,7 +256,8 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def walk(ctx, dtype, a1, b1, a2, b2) -> Iterator[tuple]:
         """(e, first row, last row, unpackers, LoRA factors) of every expert that has tokens."""
-        up, down = (Unpacker(getattr(ctx.module, name), dtype) for name in STACKS)
+        used = sum(end > start for start, end in zip([0, *ctx.ends], ctx.ends, strict=False))
+        up, down = (Unpacker(getattr(ctx.module, name), dtype, few=2 * used <= len(ctx.ends)) for name in STACKS)
         start = 0
         for e, end in enumerate(ctx.ends):
             if end > start:

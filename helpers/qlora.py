@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import bitsandbytes.functional as bnbf
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from helpers import experts
 from helpers.quantization import router_modules
+
+DROPOUT_FILE = "training_dropout.json"
 
 
 class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by this very class name
@@ -36,8 +44,8 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
-        if config.lora_dropout:  # a second adapter comes this way
-            self.expert_dropout[adapter_name] = config.lora_dropout
+        # a second adapter comes this way; the first one too, but its dropout was noted, and taken away, before
+        self.expert_dropout.setdefault(adapter_name, config.lora_dropout)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_without_dropout(config), **kwargs)
 
     def _get_in_out_features(self, module):
@@ -84,7 +92,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
 
     def merge(self, safe_merge=False, adapter_names=None):
         if isinstance(self.get_param(), Params4bit):
-            raise NotImplementedError("merging into 4-bit weights would round the adapter away: merge into the bf16 base model")
+            raise NotImplementedError("PEFT cannot merge into packed weights: use helpers.qlora.merge, or merge_4bit")
         super().merge(safe_merge, adapter_names)
 
 
@@ -102,49 +110,95 @@ def lora_config(
     experts_too: bool = True,
     router: bool = True,
 ) -> LoraConfig:
-    """The card family's LoRA: all linear layers, expert stacks and routers (r 32, alpha 16, dropout 0.05)."""
-    head = model.get_output_embeddings()
-    linears = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    """The card family's LoRA: all linear layers, expert stacks and routers (r 32, alpha 16, dropout 0.05).
+
+    Some layers of some families PEFT cannot adapt (`_renamed_by_peft`): a warning says which are left out, and ValueError is
+    raised if a requested router is among them.
+    """
+    head, routers = model.get_output_embeddings(), router_modules(model)
+    inside_routers = {id(m) for router_module in routers for m in router_module.modules()}
+    wanted, unwanted = [], []
+    for name, module in model.named_modules():
+        # Subclasses compute something else than PEFT's layer would. Indexers choose tokens and get no gradient.
+        if type(module) in (nn.Linear, Linear4bit) and module is not head and ".indexer." not in name:
+            (wanted if (router if id(module) in inside_routers else attention) else unwanted).append(name)
+    leaves = {name.rpartition(".")[2] for name in wanted}
+    if lost := {leaf for leaf in leaves if _renamed_by_peft(leaf, model)}:
+        gone = {id(model.get_submodule(name)) for name in wanted if name.rpartition(".")[2] in lost}
+        if gone & inside_routers:
+            raise ValueError(f"PEFT cannot put an adapter on this model's router ({', '.join(sorted(lost))}): leave it out")
+        warnings.warn(f"{len(gone)} linear layers get no adapter, as PEFT takes {sorted(lost)} for experts", stacklevel=3)
+        leaves -= lost
     parameters = set()
     for name, module in model.named_modules():
+        place = ".".join(name.split(".")[-2:])
         if experts_too and experts.is_experts(module):
-            parameters |= {".".join([*name.split(".")[-2:], stack]) for stack in experts.STACKS}
-    if router:
-        routers = {id(m) for m in router_modules(model)}
-        names = [n for n, m in model.named_modules() if id(m) in routers]
-        # a router that is itself an nn.Linear is already in `linears`
-        parameters |= {".".join([*n.split(".")[-2:], "weight"]) for n in names if n.rpartition(".")[2] not in linears}
+            parameters |= {f"{place}.{stack}" for stack in experts.STACKS}
+        if router and _adapted_by_weight(module, routers):
+            parameters.add(f"{place}.weight")
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(linears) if attention else [],
+        target_modules=sorted(leaves),
+        exclude_modules=[name for name in unwanted if name.rpartition(".")[2] in leaves] or None,
         target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
     )
 
 
+def _renamed_by_peft(leaf: str, model: nn.Module) -> bool:
+    """Whether PEFT takes a module name for that of an expert of transformers 4, as a shared expert's in DeepSeek or GLM.
+
+    It would then silently adapt the expert stacks instead, with twice the rank; this translation cannot be switched off.
+    """
+    probe = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # one half of a fused pair
+        return True
+    return leaf not in probe.target_modules
+
+
+def _adapted_by_weight(module: nn.Module, routers: list[nn.Module]) -> bool:
+    """Whether a module is a router with a weight of its own; others are, or hold, ordinary linear layers."""
+    own = module._parameters.get("weight")
+    return type(module) is not nn.Linear and own is not None and own.ndim == 2 and any(module is m for m in routers)
+
+
 def _use_our_wrapper(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    kinds = {type(m) for m in model.modules() if experts.is_experts(m)} | {type(m) for m in router_modules(model)}
+    routers = router_modules(model)
+    kinds = {type(m) for m in model.modules() if experts.is_experts(m) or _adapted_by_weight(m, routers)}
     config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
     return config
 
 
 def add_lora(
-    model: PreTrainedModel, r: int = 32, alpha: int = 16, dropout: float = 0.05, experts: bool = True, router: bool = True
+    model: PreTrainedModel,
+    r: int = 32,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    experts: bool = True,
+    router: bool = True,
+    attention: bool = True,
 ) -> PeftModel:
-    """The model with fresh, trainable adapters (fp32). Raises RuntimeError if a requested part got none."""
-    config = lora_config(model, r, alpha, dropout, experts_too=experts, router=router)
+    """The model with fresh, trainable adapters (fp32). `attention` stands for all linear layers outside the router.
+
+    Raises RuntimeError if a requested part got none.
+    """
+    config = lora_config(model, r, alpha, dropout, attention=attention, experts_too=experts, router=router)
     peft_model = get_peft_model(model, _use_our_wrapper(config, model))
     check_adapters(peft_model, config)
     return peft_model
 
 
 def load_lora(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """The model with a saved adapter, from this course or from stock PEFT."""
+    """The model with a saved adapter, from this course or from stock PEFT; `trainable` brings back its training dropout."""
     config = PeftConfig.from_pretrained(str(folder))
     if not trainable:
         config.inference_mode = True
+    elif (kept := Path(folder) / DROPOUT_FILE).is_file():
+        config.lora_dropout = json.loads(kept.read_text())["lora_dropout"]
     peft_model = PeftModel.from_pretrained(model, str(folder), config=_use_our_wrapper(config, model), is_trainable=trainable)
     check_adapters(peft_model, config)
     return peft_model
@@ -181,7 +235,7 @@ def save_lora(model: PeftModel, folder: str | Path) -> Path:
     """Write the adapter so that stock PEFT loads it, on the same base in bf16 or in this course's 4 bit.
 
     Stock PEFT refuses a configuration with dropout on parameters, even for inference, where dropout does nothing. The
-    file therefore says 0; the run's own record keeps the training value.
+    configuration therefore says 0, and the training value is kept beside it for `load_lora(..., trainable=True)`.
     """
     folder = Path(folder)
     kept = {}
@@ -194,4 +248,129 @@ def save_lora(model: PeftModel, folder: str | Path) -> Path:
     finally:
         for name, dropout in kept.items():
             model.peft_config[name].lora_dropout = dropout
+    (folder / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": kept[model.active_adapter]}) + "\n")
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- merging
+
+
+def _deltas(model: PeftModel) -> dict[str, list[experts.Factors]]:
+    """Name of an adapted parameter in the plain model → factors of its active adapters, with a leading expert dimension."""
+    found: dict[str, list[experts.Factors]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        own = getattr(module, "parameter_name", "weight")
+        for adapter in (a for a in module.active_adapters if a in module.lora_A):
+            if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
+                raise ValueError(f"{name}: DoRA and adapter biases cannot be merged here")
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            if isinstance(module, ParamWrapper) and module._param_ndim == 3:
+                factors = module.factors(adapter)
+            else:
+                factors = experts.Factors(a.unsqueeze(0), b.unsqueeze(0) * module.scaling[adapter])
+            found[f"{_plain_name(name)}.{own}"].append(factors)
+    return found
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _merged(weight: torch.Tensor, factors: list[experts.Factors]) -> Iterator[torch.Tensor]:
+    """W_e + Σ s·B_e·A_e in fp32, (out, in) expert by expert; a plain matrix counts as one expert."""
+    if isinstance(weight, Params4bit) and len(weight.quant_state.shape) == 2:
+        matrices = iter([bnbf.dequantize_4bit(weight.data, weight.quant_state).float()])
+    elif len(experts.stack_shape(weight)) == 3:
+        unpack = experts.Unpacker(weight, torch.float32)
+        matrices = (unpack(e) for e in range(experts.stack_shape(weight)[0]))
+    else:
+        matrices = iter([weight.detach().float()])
+    for e, matrix in enumerate(matrices):
+        for f in factors:
+            matrix = matrix + f.B[e].float() @ f.A[e].float()
+        yield matrix
+
+
+@torch.no_grad()
+def merge(model: PeftModel, dtype: torch.dtype | str = torch.bfloat16) -> PreTrainedModel:
+    """A plain model of the same class in `dtype`: every weight dequantised, with its active adapters added.
+
+    Sums are formed in fp32 and rounded once, so each weight is off by at most 2⁻⁸ of itself in bf16 (2⁻¹¹ in fp16, nothing
+    in fp32), and so are the logits of most tokens; a router that is nearly undecided can be tipped by it. Needs the memory of
+    the unquantised model beside the 4-bit one: 93 GB for Mixtral-8x7B. `model` stays as it is; `save_pretrained` of the result
+    writes the family's ordinary checkpoint.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    base, deltas = model.get_base_model(), _deltas(model)
+    settings = base.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
+    sources = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    for name, empty in list(plain.named_parameters()):
+        source, factors = sources[name], deltas.pop(name, [])
+        value = torch.empty(empty.shape, dtype=empty.dtype, device=source.device)
+        if factors or isinstance(source, Params4bit):
+            rows = value if value.ndim == 3 else value.unsqueeze(0)
+            for e, matrix in enumerate(_merged(source, factors)):
+                rows[e].copy_(matrix)
+        else:
+            value.copy_(source)
+        _set(plain, name, nn.Parameter(value, requires_grad=False))
+    if deltas:
+        raise ValueError(f"adapters on {sorted(deltas)} have no parameter to be merged into")
+    buffers = {_plain_name(n): b for n, b in model.named_buffers()}
+    for name, _ in list(plain.named_buffers()):
+        _set(plain, name, buffers[name].clone())
+    plain.tie_weights()
+    plain.generation_config = base.generation_config
+    return plain.eval()
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+@torch.no_grad()
+def merge_4bit(model: PeftModel) -> tuple[PreTrainedModel, list[dict]]:
+    """The 4-bit base with its active adapters merged in, and what that cost. Changes `model`, which is used up.
+
+    A packed weight has to be rounded to 16 levels a second time, which may be more than the adapter changed. The rows, one an
+    adapted parameter: `change` = ‖Δ‖ / ‖W‖, `error` = ‖what is stored − (W + Δ)‖ / ‖Δ‖ (above 1, more was lost than the
+    adapter brought), `kept` = ⟨stored − W, Δ⟩ / ‖Δ‖². Unquantised weights (a router) are rounded to their own dtype only.
+    """
+    rows = []
+    parameters = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    deltas = _deltas(model)
+    base = model.unload()  # takes the adapters' modules away; their factors live on in `deltas`
+    for name, factors in deltas.items():
+        old = parameters[name]
+        if not isinstance(old, Params4bit):
+            new = nn.Parameter(next(_merged(old, factors)).view_as(old).to(old.dtype), requires_grad=False)
+        else:
+            shape = old.quant_state.shape
+            new = experts.pack(_merged(old, factors), (1, *shape)[-3:], old.quant_state.nested)
+            new.quant_state.shape, new.quant_state.dtype = shape, old.quant_state.dtype
+        total = dict.fromkeys(("w", "d", "error", "along"), 0.0)
+        for was, wanted, stored in zip(_merged(old, []), _merged(old, factors), _merged(new, []), strict=True):
+            delta = wanted - was
+            total["w"] += was.square().sum().item()
+            total["d"] += delta.square().sum().item()
+            total["error"] += (stored - wanted).square().sum().item()
+            total["along"] += ((stored - was) * delta).sum().item()
+        rows.append(
+            {
+                "parameter": name,
+                "change": (total["d"] / total["w"]) ** 0.5,
+                "error": (total["error"] / total["d"]) ** 0.5 if total["d"] else 0.0,
+                "kept": total["along"] / total["d"] if total["d"] else 1.0,
+            }
+        )
+        module = base.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Linear4bit):
+            new.module, module.quant_state = module, new.quant_state
+        _set(base, name, new)
+    return base, rows

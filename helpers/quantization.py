@@ -9,6 +9,7 @@ peak is the 4-bit model plus one stack. It saves to safetensors and reloads bit 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from helpers import experts
+from helpers import checkpoints, experts
 
 METHOD = "nf4_moe"
+NO_EXPERTS = "no experts found: this is not a Mixture-of-Experts model behind transformers' experts interface"
 
 
 @register_quantization_config(METHOD)
@@ -50,7 +52,7 @@ class Nf4MoeConfig(BitsAndBytesConfig):
 
 
 class _QuantizeStacks(Bnb4bitQuantize):
-    """Linear weights as in stock transformers, expert stacks whole."""
+    """Linear weights as in stock transformers; expert stacks, unless `_MergeExperts` has packed them already."""
 
     def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         result = {}
@@ -59,11 +61,38 @@ class _QuantizeStacks(Bnb4bitQuantize):
             if experts.is_experts(module):
                 value = value[0] if isinstance(value, list) else value
                 config = self.hf_quantizer.quantization_config
-                result[name] = experts.quantize_stack(value, config.bnb_4bit_use_double_quant)
+                packed = isinstance(value, Params4bit)
+                result[name] = value if packed else experts.quantize_stack(value, config.bnb_4bit_use_double_quant)
                 module._is_hf_initialized = True
             else:
                 result |= super().convert({name: value}, model=model, full_layer_name=full_layer_name, **kwargs)
         return result
+
+
+class _MergeExperts(ConversionOps):
+    """The matrices of single experts (E × w1 and w3, or E × w2), packed one expert at a time.
+
+    Takes the place of transformers' stacking and concatenating, which holds a layer's experts three times over. What was
+    packed is let go at once, so the peak is one stack.
+    """
+
+    REPLACES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # with the dimension they work on
+
+    def __init__(self, double_quant: bool):
+        self.double_quant = double_quant
+
+    def convert(self, input_dict, source_patterns, target_patterns, model=None, full_layer_name=None, **kwargs):
+        lists = [input_dict.pop(pattern) for pattern in source_patterns]  # one list a projection, in order: gate, up
+        shape = model.get_parameter_or_buffer(full_layer_name).shape
+
+        def matrices() -> Iterator[torch.Tensor]:
+            for e in range(len(lists[0])):
+                parts = [tensors[e] for tensors in lists]
+                for tensors in lists:
+                    tensors[e] = None
+                yield parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return {target_patterns[0]: experts.pack(matrices(), shape, self.double_quant)}
 
 
 class _ReadStacks(ConversionOps):
@@ -87,13 +116,22 @@ class Nf4MoeQuantizer(Bnb4BitHfQuantizer):
 
     _STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
+    @staticmethod
+    def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):
+        names = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, skip_modules, keep_in_fp32_modules, add_default_skips)
+        # routers are ordinary linear layers in some families (Jamba, HunYuan, AFMoE, ...)
+        routers = {id(m) for m in router_modules(model)}
+        return names + _kept(model) + [name for name, module in model.named_modules() if id(module) in routers]
+
     def _process_model_before_weight_loading(self, model, device_map, **kwargs):
+        stacks = {name: module for name, module in model.named_modules() if experts.is_experts(module)}
+        if not stacks:
+            raise ValueError(f"{type(model).__name__} cannot be loaded here: {NO_EXPERTS}")
+        for name, module in stacks.items():
+            if reason := experts.unsupported(module):
+                raise ValueError(f"{type(model).__name__} cannot be loaded in 4 bit: {reason} ({name})")
+            module.register_state_dict_post_hook(_write_stacks)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
-        for name, module in model.named_modules():
-            if experts.is_experts(module):
-                if reason := experts.unsupported(module):
-                    raise ValueError(f"{type(model).__name__} cannot be loaded in 4 bit: {reason} ({name})")
-                module.register_state_dict_post_hook(_write_stacks)
         model.set_experts_implementation(experts.NAME)
 
     def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
@@ -104,6 +142,15 @@ class Nf4MoeQuantizer(Bnb4BitHfQuantizer):
 
     def get_quantize_ops(self):
         return _QuantizeStacks(self)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """Converters that stack one matrix an expert pack it instead. Other layouts (transposed, split) stay as they are."""
+        for converter in weight_conversions:
+            steps = [(type(op), getattr(op, "dim", None)) for op in getattr(converter, "operations", [])]
+            stack = any(converter.target_patterns[0].endswith(f"experts.{name}") for name in experts.STACKS)
+            if stack and not self.pre_quantized and steps in _MergeExperts.REPLACES:
+                converter.operations = [_MergeExperts(self.quantization_config.bnb_4bit_use_double_quant)]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def get_weight_conversions(self):
         conversions = super().get_weight_conversions()
@@ -134,16 +181,29 @@ def load_4bit(
 
     Loads ordinary checkpoints (quantising while they stream in) and those written by `save_4bit`. `dtype` is the dtype of
     the unquantised parts and of the products; a saved 4-bit model keeps the one it was made with unless `dtype` is given.
-    Further arguments go to `from_pretrained`. Raises RuntimeError when the audit finds experts that are not 4-bit.
+    Further arguments go to `from_pretrained`. Peak memory: the 4-bit model and about one expert stack in `dtype`.
+
+    Before anything is read, the headers are checked: OSError for a missing or cut-off shard, ValueError for a missing tensor
+    or a wrong shape, for a layout that cannot be computed in 4 bit, and for a model without experts. Raises RuntimeError when
+    the audit finds experts that are not 4-bit.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    config = AutoConfig.from_pretrained(path_or_id)
+    hub = {k: v for k, v in kwargs.items() if k in checkpoints.HUB_OPTIONS}
+    config = AutoConfig.from_pretrained(path_or_id, **hub)
     saved = getattr(config, "quantization_config", None)
+    stored = checkpoints.read_headers(path_or_id, **hub)
     if saved is None:
         kwargs["quantization_config"] = Nf4MoeConfig(dtype, double_quant)
+        checkpoints.check_fits(stored, config)
     elif (saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method) != METHOD:
         raise ValueError(f"{path_or_id} is already quantised with another method: load the unquantised model instead")
-    model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, **kwargs)
+    else:
+        checkpoints.check_packed(stored, config)
+    model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, use_safetensors=True, **kwargs)
+    return _finish(model, dtype)
+
+
+def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     model.set_experts_implementation(experts.NAME)
     if dtype == torch.float32:
         for module in model.modules():
@@ -155,10 +215,51 @@ def load_4bit(
     return model
 
 
-def save_4bit(model: PreTrainedModel, folder: str | Path) -> None:
+def save_4bit(model: PreTrainedModel, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
     """Write a loaded 4-bit model (not its adapters) as safetensors; `load_4bit(folder)` gives the same bits."""
     # The original format has one tensor an expert; a packed stack cannot be taken apart into those.
-    model.save_pretrained(folder, save_original_format=False)
+    model.save_pretrained(folder, save_original_format=False, max_shard_size=max_shard_size)
+
+
+@torch.no_grad()
+def random_4bit(
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str = "bfloat16",
+    seed: int = 0,
+    double_quant: bool = True,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """A model of this configuration with random weights, made in 4 bit: what `load_4bit` would give for an untrained one.
+
+    For benchmarks, and for learners without the weights: no unquantised expert or linear layer ever exists, so Mixtral-8x7B
+    takes its 23 GiB and not 90. What stays unquantised (embeddings, norms, routers, head) is drawn by the model's own rules.
+    """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    quantizer = Nf4MoeQuantizer(Nf4MoeConfig(dtype, double_quant), pre_quantized=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantizer.preprocess_model(model, device_map=None)
+    generator = torch.Generator(device).manual_seed(seed)
+    std = getattr(config.get_text_config(), "initializer_range", 0.02)
+    with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for name, param in list(model.named_parameters()):
+            module, leaf = get_module_from_name(model, name)
+            if quantizer.param_needs_quantization(model, name):
+                value = experts.random_packed(param.shape, std, dtype, generator, double_quant)
+                if isinstance(module, Linear4bit):
+                    value.module, module.quant_state = module, value.quant_state
+                value._is_hf_initialized = True  # transformers' initialisation leaves it alone
+            else:
+                value = nn.Parameter(torch.empty_like(param, device=device), requires_grad=param.requires_grad)
+            setattr(module, leaf, value)
+        for name, buffer in list(model.named_buffers()):
+            module, leaf = get_module_from_name(model, name)
+            module.register_buffer(leaf, torch.empty_like(buffer, device=device), leaf not in module._non_persistent_buffers_set)
+        model.init_weights()  # draws the rest, fills the buffers and ties embeddings
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return _finish(model.eval(), dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ audit
@@ -223,15 +324,23 @@ class Audit:
 PARTS = ("experts", "attention", "router", "other linear", "norms", "embeddings", "head", "adapters")
 
 
-def router_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose logits transformers records as `router_logits`: the library's own answer to 'what routes here?'"""
+def router_recorders(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """(router, place of its logits in its output): the library's own answer to 'what routes here?'"""
     for module in model.modules():
         spec = getattr(type(module), "_can_record_outputs", None)
         if isinstance(spec, dict) and "router_logits" in spec:
-            recorder = spec["router_logits"]
-            target = getattr(recorder, "target_class", recorder)
-            return [m for m in model.modules() if isinstance(m, target)]
+            recorders = spec["router_logits"] if isinstance(spec["router_logits"], list) else [spec["router_logits"]]
+            places = {getattr(r, "target_class", r): getattr(r, "index", 0) for r in recorders}
+            found = {m: place for m in model.modules() for target, place in places.items() if isinstance(m, target)}
+            # JetMoE's attention reports once more what the router inside of it reports.
+            doubled = {m for m in found if any(inner in found for inner in m.modules() if inner is not m)}
+            return [(m, place) for m, place in found.items() if m not in doubled]
     return []
+
+
+def router_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose logits transformers records as `router_logits`."""
+    return [router for router, _ in router_recorders(model)]
 
 
 def audit(model: nn.Module) -> Audit:
@@ -240,6 +349,9 @@ def audit(model: nn.Module) -> Audit:
     problems = []
     router_params = {id(p) for m in router_modules(model) for p in m.parameters()}
     expert_params = {id(p) for m in model.modules() if experts.is_experts(m) for p in m.parameters()}
+    kept = tuple(_kept(model))
+    linears = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if type(m) is nn.Linear}
+    linear_params = {id(m.weight) for n, m in linears.items() if not n.endswith(kept)}
     seen: set[int] = set()
     loose: dict[str, int] = defaultdict(int)
     for name, param in model.named_parameters():
@@ -256,15 +368,25 @@ def audit(model: nn.Module) -> Audit:
         entry.dtypes.add(
             "nf4" + ("+double quant" if packed and param.quant_state.nested else "") if packed else str(param.dtype)[6:]
         )
-        if part in ("experts", "attention") and not packed and param.ndim >= 2:
+        # What attention has beside linear layers (short convolutions, position tables) is shown but cannot be quantised.
+        wanted = (part == "experts" and param.ndim >= 2) or (part == "attention" and id(param) in linear_params)
+        if wanted and not packed:
             loose[part] += weights
         if part == "router" and packed:
             problems.append(f"the router is 4-bit ({name}); its argmax decides which expert runs, so keep it unquantised")
     for part, weights in loose.items():
         problems.append(f"{weights:,} of {parts[part].weights:,} weights of {part} are not 4-bit")
     if "experts" not in parts:
-        problems.append("no experts found: this is not a Mixture-of-Experts model behind transformers' experts interface")
+        problems.append(NO_EXPERTS)
     return Audit({p: parts[p] for p in PARTS if p in parts}, tuple(problems))
+
+
+def _kept(model: nn.Module) -> list[str]:
+    """Endings of names of linear layers that must not be packed, by the architecture's own word or because it would break."""
+    kept = {f".{name}" for which in ("", "_strict") for name in getattr(model, f"_keep_in_fp32_modules{which}", None) or ()}
+    # DeepSeek-like indexers cast their input to this weight's dtype. Of a packed weight that is uint8: the numbers would be
+    # rounded to whole ones, without an error.
+    return sorted(kept | {".indexer.weights_proj"})
 
 
 def _part_of(name: str, param: nn.Parameter, router_params: set[int], expert_params: set[int]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import bitsandbytes.functional as bnbf
 import pytest
 import torch
@@ -10,14 +12,15 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from helpers import experts
+from helpers.quantization import load_4bit
 
 E, H, I, R = 4, 64, 128, 3  # noqa: E741
 
 
-def make(seed: int = 0, scale: float = 0.2) -> tuple[MixtralExperts, MixtralExperts]:
+def make(seed: int = 0, scale: float = 0.2, experts_count: int = E) -> tuple[MixtralExperts, MixtralExperts]:
     """(packed, dequantised float64 twin)."""
     torch.manual_seed(seed)
-    config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=E)
+    config = MixtralConfig(hidden_size=H, intermediate_size=I, num_local_experts=experts_count)
     config._experts_implementation = experts.NAME
     packed, twin = MixtralExperts(config), MixtralExperts(config)
     for name in experts.STACKS:
@@ -116,16 +119,102 @@ def test_unpacking_expert_by_expert_is_bitsandbytes_own_dequantisation():
     assert (experts.dequantize_stack(packed)[2] - bnbf.dequantize_4bit(alone, state)).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("k", range(1, 9))
+def test_top_1_to_top_8(k):
+    """Eight experts, each token's k chosen without repetition, in every dtype."""
+    tokens, count = 6, 8
+    torch.manual_seed(k)
+    index = torch.stack([torch.randperm(count)[:k] for _ in range(tokens)])
+    for dtype, tolerance in {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}.items():
+        packed, twin = make(experts_count=count)
+        for name in experts.STACKS:
+            getattr(packed, name).quant_state.dtype = dtype
+        shapes = [(tokens, H), (tokens, k), (count, R, H), (count, 2 * I, R), (count, R, I), (count, H, R)]
+        inputs = [(torch.randn(s) * 0.3).to(dtype).requires_grad_() for s in shapes]
+        doubles = [v.detach().double().requires_grad_() for v in inputs]
+        attach(packed, inputs[2:])
+        outs = packed(inputs[0], index, inputs[1]), reference(twin, doubles[0], index, *doubles[1:])
+        pairs = [
+            [out, *torch.autograd.grad(out.double().square().sum(), values)]
+            for out, values in zip(outs, (inputs, doubles), strict=True)
+        ]
+        for got, wanted in zip(*pairs, strict=True):
+            assert (got.double() - wanted).norm() < 3 * tolerance * wanted.norm()
+
+
 def test_no_dequantised_weight_is_kept_for_backward():
+    """Neither in autograd's list of saved tensors nor alive anywhere, after forward and after backward."""
     packed, _ = make()
     attach(packed, lora_factors())
+    shapes = {(2 * I, H), (H, I), (E, 2 * I, H), (E, H, I)}
+    gc.collect()
+    before = {id(t) for t in living(shapes)}
+    assert before, "the twin's weights must be seen"
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        packed(torch.randn(5, H, requires_grad=True), INDICES["top-2"], torch.rand(5, 2))
+        out = packed(torch.randn(5, H, requires_grad=True), INDICES["top-2"], torch.rand(5, 2))
     assert kept, "the hook saw nothing"
-    smallest = H * I
     lora_sizes = {f.numel() for f in lora_factors()}
-    assert all(t.numel() < smallest or t.numel() in lora_sizes for t in kept if t.dtype.is_floating_point)
+    assert all(t.numel() < H * I or t.numel() in lora_sizes for t in kept if t.dtype.is_floating_point)
+    assert not [t.shape for t in living(shapes) if id(t) not in before]
+    out.sum().backward()
+    assert not [t.shape for t in living(shapes) if id(t) not in before]
+
+
+def living(shapes):
+    return [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and tuple(t.shape) in shapes and t.dtype.is_floating_point]
+
+
+def test_the_scales_of_few_experts_are_undone_one_by_one():
+    """The same bits, without a look at the others: theirs are replaced by NaN."""
+    weight = torch.randn(E, 128, 128)  # 256 blocks an expert: one block of the second quantisation
+    packed = experts.quantize_stack(weight)
+    whole = experts.dequantize_stack(packed)
+    packed.quant_state.state2.absmax[[0, 1, 3]] = float("nan")
+    assert torch.equal(experts.Unpacker(packed, torch.float32, few=True)(2), whole[2])
+    assert experts.Unpacker(packed, torch.float32, few=True).scales is None
+    odd = experts.quantize_stack(torch.randn(E, 64, 64))  # 64 blocks an expert: four share a second scale
+    assert torch.equal(experts.Unpacker(odd, torch.float32, few=True)(2), experts.dequantize_stack(odd)[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_packing_in_slices_gives_bitsandbytes_own_bits(monkeypatch, dtype, double_quant):
+    weight = torch.randn(E, 96, 192).to(dtype)
+    codes, state = bnbf.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+    monkeypatch.setitem(experts._SLICE, "cpu", 64 * 7)  # does not divide a matrix
+    packed = experts.quantize_stack(weight, double_quant)
+    assert torch.equal(packed.data, codes)
+    ours, theirs = packed.quant_state.as_dict(packed=True), state.as_dict(packed=True)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    one_by_one = experts.pack((matrix for matrix in weight), weight.shape, double_quant)
+    assert torch.equal(one_by_one.data, codes)
+
+
+def test_packing_refuses_what_does_not_fit():
+    matrices = list(torch.randn(4, 64, 64))
+    with pytest.raises(ValueError, match="3 experts were given, the model has 4"):
+        experts.pack(matrices[:3], (4, 64, 64))
+    with pytest.raises(ValueError, match=r"expert 1 has shape \(32, 64\)"):
+        experts.pack([matrices[0], matrices[1][:32]], (4, 64, 64))
+
+
+def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, monkeypatch):
+    """`generate` with a cache: every step but the first has one token, which chose 2 of 8 experts in each of 2 layers."""
+    model = load_4bit(random_mixtral, dtype="float32").eval()
+    chosen, unpacked = [], []
+    for module in model.modules():
+        if experts.is_experts(module):
+            module.register_forward_pre_hook(lambda m, args: (chosen.append(args[1].clone()), unpacked.append([]))[0])
+    original = experts.Unpacker.__call__
+    monkeypatch.setattr(experts.Unpacker, "__call__", lambda self, e: (unpacked[-1].append(e), original(self, e))[1])
+    out = model.generate(
+        torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0
+    )
+    assert out.shape == (1, 10) and len(chosen) == 6 * 2
+    for index, asked in zip(chosen, unpacked, strict=True):
+        assert sorted(asked) == sorted(2 * index.unique().tolist()), "each chosen expert once for each of its two projections"
+    assert all(index.shape == (1, 2) and len(asked) == 4 for index, asked in zip(chosen[2:], unpacked[2:], strict=True))
 
 
 def test_dropout_draws_the_same_mask_in_backward():

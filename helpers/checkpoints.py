@@ -1,0 +1,127 @@
+"""What is in a checkpoint on disk, read from the headers alone, and whether it fits a model before anything is loaded.
+
+transformers loads what it finds: a missing tensor is drawn at random with a warning, and a quantised weight of the wrong
+shape is not noticed at all. Loading Mixtral takes minutes, so everything that can be known from the headers of the
+safetensors files is asked first: are all shards there and whole, does every parameter get a tensor, has it the right shape?
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import cached_file, logging
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint, unread."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' names: BF16, F32, U8, ...
+
+
+def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
+    """Name → Stored for every tensor of a folder or Hub id (downloaded if need be; `hub` goes to `cached_file`).
+
+    Raises OSError for a file that is missing or cut off and ValueError if a shard lacks a tensor that the index promises.
+    """
+    index = cached_file(str(path_or_id), INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    promised = {}
+    if index is not None:
+        promised = json.loads(Path(index).read_text())["weight_map"]
+    files = sorted(set(promised.values())) or [SINGLE]
+    stored = {}
+    for name in files:
+        file = Path(cached_file(str(path_or_id), name, **hub))
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    part = tensors.get_slice(key)
+                    stored[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            size = file.stat().st_size
+            raise OSError(f"{file} is cut off or damaged ({size:,} bytes; safetensors says: {error}): fetch it again") from error
+    for key, name in promised.items():
+        if key not in stored or stored[key].file.name != name:
+            raise ValueError(f"{name} in {path_or_id} lacks {key}, which {INDEX} says it holds")
+    return stored
+
+
+def check_fits(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
+    """Every parameter of `config`'s model gets a tensor of its shape; otherwise ValueError names tensors and files.
+
+    transformers' own loader is asked, on the meta device: it renames and fuses tensors of any layout without reading one.
+    """
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    shapes = {name: torch.empty(s.shape, device="meta") for name, s in stored.items()}
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)  # the reasons are given below, with the files
+    try:
+        _, info = kind.from_pretrained(
+            None, config=config, state_dict=shapes, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        for name, found, wanted in sorted(info["mismatched_keys"]):
+            file = f" in {stored[name].file}" if name in stored else ""
+            problems.append(f"{name}{file} has shape {tuple(found)}, the model wants {tuple(wanted)}")
+    except RuntimeError as error:  # raised when the experts of a layer cannot be fused
+        problems = [str(error).partition(". ")[0]]
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    if problems:
+        # a name of the model's own that the checkpoint has not is made of several tensors: which of them is it?
+        exact = [p for p in problems if p.partition(" ")[0] in stored]
+        raise ValueError("the checkpoint does not fit the model: " + "; ".join((exact or odd_ones(stored) or problems)[:5]))
+
+
+def check_packed(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
+    """The same for a checkpoint of `save_4bit`, whose tensors have the model's own names: packed ones are (n/2, 1) uint8."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, param in model.named_parameters():
+        if name not in stored:
+            raise ValueError(f"the checkpoint does not fit the model: {name} is missing")
+        found = stored[name]
+        packed = found.dtype == "U8" and f"{name}.absmax" in stored
+        wanted = (-(-param.numel() // 2), 1) if packed else tuple(param.shape)
+        if found.shape != wanted:
+            raise ValueError(
+                f"the checkpoint does not fit the model: {name} in {found.file} has shape {found.shape}"
+                f"{' (packed)' if packed else ''}, the model wants {wanted}"
+            )
+
+
+def odd_ones(stored: dict[str, Stored]) -> list[str]:
+    """Tensors unlike their numbered siblings (the same name with other numbers): of another shape, or not there at all."""
+    series: dict[tuple[str, str], dict[int, Stored]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        if match := re.fullmatch(r"(.*\.)(\d+)(\..*)", name):  # the last number: the expert's, or else the layer's
+            series[match[1], match[3]][int(match[2])] = tensor
+    sizes = Counter(len(members) for (head, _), members in series.items() if "expert" in head)
+    usual = sizes.most_common(1)[0][0] if sizes else 0
+    found = []
+    for (head, tail), members in series.items():
+        shape, votes = Counter(t.shape for t in members.values()).most_common(1)[0]
+        for number, tensor in members.items():
+            if tensor.shape != shape and votes > len(members) // 2:
+                found.append(f"{head}{number}{tail} in {tensor.file} has shape {tensor.shape}, its siblings have {shape}")
+        if "expert" in head and len(members) < usual:
+            gaps = sorted(set(range(usual)) - set(members))
+            found += [f"{head}{number}{tail} is missing" for number in gaps]
+    return found

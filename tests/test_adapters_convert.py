@@ -1,0 +1,222 @@
+"""Adapters in the naming of transformers 4: the layout, pinned with experts that can be told apart, and exactness."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from helpers import experts, qlora
+from helpers.adapters_convert import NAMINGS, WEIGHTS, from_per_expert, to_per_expert
+from helpers.quantization import load_4bit
+from helpers.tiny import tiny_config
+
+IDS = torch.arange(3, 43).view(2, 20)
+E, H, I, R = 8, 64, 128, 4  # noqa: E741  I ≠ H, so that no projection can be taken for another
+ROOT = "base_model.model.model.layers.1."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    MixtralForCausalLM(tiny_config(256, hidden=H, layers=2, intermediate=I)).save_pretrained(folder)
+    return folder
+
+
+def adapter(base, folder, scale=True, **kwargs):
+    model = qlora.add_lora(load_4bit(base, dtype="float32"), **{"r": R, "alpha": 8, "dropout": 0.0, **kwargs})
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in sorted((n, p) for n, p in model.named_parameters() if ".lora_" in n):
+            p.normal_(std=0.05)
+            if scale and ".experts." in name and ".lora_B" in name:  # expert e's B is (e + 1) times as large
+                p.mul_(torch.arange(1, E + 1).repeat(p.shape[1] // E))
+    qlora.save_lora(model, folder)
+    return model.eval()
+
+
+def stock_logits(base, folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(folder)).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def products(model):
+    """B·A times scaling of every expert, from the live model: {(layer, stack): (E, out, in)}."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, qlora.ParamWrapper) and module._param_ndim == 3:
+            f = module.factors("default")
+            found[int(name.split(".")[4]), module.parameter_name] = (f.B @ f.A).detach()
+    return found
+
+
+def test_every_expert_keeps_its_own_product(base, tmp_path):
+    model = adapter(base, tmp_path / "ours")
+    wanted = products(model)
+    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old") / WEIGHTS)
+    config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    assert not config["rank_pattern"] and config["target_parameters"] is None
+    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"}
+    for e in range(E):
+        part = {}
+        for layer in ("w1", "w2", "w3"):
+            a, b = (tensors[f"{ROOT}block_sparse_moe.experts.{e}.{layer}.lora_{k}.weight"] for k in "AB")
+            assert a.shape == (R, I if layer == "w2" else H) and b.shape == (H if layer == "w2" else I, R)
+            part[layer] = (b * scaling) @ a
+        assert torch.equal(torch.cat([part["w1"], part["w3"]]), wanted[1, "gate_up_proj"][e])
+        assert torch.equal(part["w2"], wanted[1, "down_proj"][e])
+    sizes = [wanted[1, "down_proj"][e].norm() for e in range(E)]
+    assert all(b > 1.1 * a for a, b in itertools.pairwise(sizes)), "experts must be told apart by their size"
+    assert f"{ROOT}block_sparse_moe.gate.lora_A.weight" in tensors and not any(".mlp." in k for k in tensors)
+
+
+def test_the_way_back_gives_the_same_file(base, tmp_path):
+    adapter(base, tmp_path / "ours")
+    to_per_expert(tmp_path / "ours", tmp_path / "old")
+    from_per_expert(tmp_path / "old", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "back")]
+    for config in configs:
+        for targets in ("target_modules", "target_parameters"):
+            config[targets] = sorted(config[targets])
+    assert configs[0] == configs[1]
+
+
+def test_stock_peft_reads_the_old_naming_as_the_same_adapter(base, tmp_path):
+    """PEFT brings a converter of its own for adapters of transformers 4: an independent reader of what is written here."""
+    adapter(base, tmp_path / "ours")
+    to_per_expert(tmp_path / "ours", tmp_path / "old")
+    torch.testing.assert_close(stock_logits(base, tmp_path / "old"), stock_logits(base, tmp_path / "ours"), rtol=1e-4, atol=1e-4)
+
+
+def old_adapter(folder, seed=0, rslora=False, alpha=8):
+    """An adapter as PEFT wrote it with transformers 4: three linear layers an expert, each with an A of its own."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        block = f"base_model.model.model.layers.{layer}.block_sparse_moe."
+        for e in range(E):
+            for name, (out, inner) in {"w1": (I, H), "w2": (H, I), "w3": (I, H)}.items():
+                tensors[f"{block}experts.{e}.{name}.lora_A.weight"] = torch.randn(R, inner, generator=g) * 0.05
+                tensors[f"{block}experts.{e}.{name}.lora_B.weight"] = torch.randn(out, R, generator=g) * 0.05 * (e + 1)
+        tensors[f"{block}gate.lora_A.weight"] = torch.randn(R, H, generator=g) * 0.05
+        tensors[f"{block}gate.lora_B.weight"] = torch.randn(E, R, generator=g) * 0.05
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": R, "lora_alpha": alpha, "lora_dropout": 0.05,
+              "target_modules": ["w1", "w2", "w3", "gate"], "use_rslora": rslora, "bias": "none"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_old_adapter_loads_here_with_its_own_products(base, tmp_path, rslora):
+    tensors = old_adapter(tmp_path / "old", rslora=rslora)
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    model = qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / "new").eval()
+    scaling = 8 / (R**0.5 if rslora else R)
+    found = products(model)
+    for layer in range(2):
+        block = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts."
+        for e in range(E):
+            w1, w2, w3 = (
+                scaling * tensors[f"{block}{e}.{n}.lora_B.weight"] @ tensors[f"{block}{e}.{n}.lora_A.weight"]
+                for n in ("w1", "w2", "w3")
+            )
+            torch.testing.assert_close(found[layer, "gate_up_proj"][e], torch.cat([w1, w3]), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found[layer, "down_proj"][e], w2, rtol=1e-5, atol=1e-7)
+    if not rslora:  # PEFT doubles alpha with the rank, which is off by √2 for rank-stabilised LoRA
+        old, new = write_without_dropout(tmp_path / "old"), tmp_path / "new"
+        torch.testing.assert_close(stock_logits(base, new), stock_logits(base, old), rtol=1e-4, atol=1e-4)
+
+
+def write_without_dropout(folder):
+    """Stock PEFT refuses dropout on parameters, so it cannot read an old adapter that was trained with it."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.0}))
+    return folder
+
+
+def test_an_old_adapter_survives_the_round_trip_bit_for_bit(tmp_path):
+    tensors = old_adapter(tmp_path / "old")
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back") / WEIGHTS)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (R, 8, {}, {})
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["rank_pattern"] == {"gate_up_proj": 2 * R}
+
+
+def test_load_lora_takes_the_old_naming_directly(base, tmp_path):
+    old_adapter(tmp_path / "old")
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    with torch.no_grad():
+        direct, converted = (
+            qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / name).eval()(IDS).logits for name in ("old", "new")
+        )
+    torch.testing.assert_close(direct, converted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", experts.STACKS)
+def test_an_adapter_on_one_stack_only(base, tmp_path, only):
+    from peft import LoraConfig, get_peft_model
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(plain, LoraConfig(r=R, target_modules=[], target_parameters=[f"mlp.experts.{only}"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    model.save_pretrained(str(tmp_path / "ours"))
+    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old", "qwen") / WEIGHTS)
+    names = NAMINGS["qwen"]
+    layers = {key.split(".")[-3] for key in tensors}
+    assert layers == ({names.gate, names.up} if only == "gate_up_proj" else {names.down})
+    from_per_expert(tmp_path / "old", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_names_are_those_of_the_librarys_own_conversion():
+    """transformers keeps the old names in its conversion of checkpoints; the tables here must agree with it."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for naming, kinds in {"mixtral": ("mixtral", "minimax"), "qwen": ("qwen2_moe", "olmoe", "qwen3_moe", "glm4_moe")}.items():
+        for kind in kinds:
+            sources, renamed = {}, {}
+            for step in get_checkpoint_conversion_mapping(kind):
+                if hasattr(step, "operations"):
+                    sources[step.target_patterns[0].rpartition(".")[2]] = [p.split(".")[-2] for p in step.source_patterns]
+                else:
+                    renamed[step.target_patterns[0].strip(".")] = step.source_patterns[0].strip(".")
+            names = NAMINGS[naming]
+            assert sources == {"gate_up_proj": [names.gate, names.up], "down_proj": [names.down]}, kind
+            assert renamed.get("mlp", "mlp") == names.block, kind
+
+
+def test_what_cannot_be_converted_is_said(base, tmp_path):
+    tensors = old_adapter(tmp_path / "old")
+    with pytest.raises(ValueError, match="nothing to convert"):
+        to_per_expert(tmp_path / "old", tmp_path / "out")
+    key = f"{ROOT}block_sparse_moe.experts.3.w1.lora_A.weight"
+    save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "old" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"no w1 adapter for experts \[3\]"):
+        from_per_expert(tmp_path / "old", tmp_path / "out")
+    save_file({k: v for k, v in tensors.items() if ".w3." not in k}, tmp_path / "old" / WEIGHTS)
+    with pytest.raises(ValueError, match="both need an adapter"):
+        from_per_expert(tmp_path / "old", tmp_path / "out")
+    save_file({k: torch.cat([v, v]) if ".w2.lora_A" in k else v for k, v in tensors.items()}, tmp_path / "old" / WEIGHTS)
+    with pytest.raises(ValueError, match="w2 has rank"):
+        from_per_expert(tmp_path / "old", tmp_path / "out")
+    adapter(base, tmp_path / "ours")
+    with pytest.raises(ValueError, match="no adapter on single experts"):
+        from_per_expert(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing is written when something is wrong"

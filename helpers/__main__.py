@@ -120,20 +120,18 @@ def _load(run_dir: Path):
 def _evaluate(options) -> int:
     from helpers import environment
     from helpers.evaluation import held_out, measure_length_control
-    from helpers.generation import Sampling
+    from helpers.generation import Sampling, print_progress
 
     environment.quiet()
     profile, model, tokenizer = _load(options.run)
     stories = held_out(profile, options.conversations, options.reply)
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
 
-    def progress(done: int, total: int) -> None:
-        print(f"\r{done}/{total} replies", end="", file=sys.stderr, flush=True)
-
     for label in ("adapter", "base"):
         with model.disable_adapter() if label == "base" else _nothing():
-            table = measure_length_control(model, tokenizer, stories, sampling, options.reply, label=label, progress=progress)
-        print(file=sys.stderr)
+            table = measure_length_control(
+                model, tokenizer, stories, sampling, options.reply, label=label, progress=print_progress
+            )
         print(table)
         table.save(options.run / "evaluation" / f"{label}-reply{options.reply}.json")
     return 0

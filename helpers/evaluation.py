@@ -12,12 +12,12 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.generation import Prompt, Sampling, generate_replies
+from helpers.generation import Progress, Prompt, Sampling, generate_replies
 from helpers.lengths import LENGTHS, count_words, length_class
 from helpers.profiles import ROOT, Profile
 from helpers.stories import Story, load_stories
@@ -168,7 +168,7 @@ def measure_length_control(
     conditions: Sequence[str | None] = CONDITIONS,
     label: str = "adapter",
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LengthTable:
     """Ask each conversation for its reply number `reply` under every condition, `samples` times.
 

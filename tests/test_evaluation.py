@@ -86,7 +86,13 @@ def test_measuring_asks_every_conversation_under_every_condition(tokenizer):
     stories = held_out(PROFILES["tiny"], 2)
     done = []
     result = measure_length_control(
-        model, tokenizer, stories, Sampling(max_new_tokens=5), samples=2, label="x", progress=lambda d, t: done.append((d, t))
+        model,
+        tokenizer,
+        stories,
+        Sampling(max_new_tokens=5),
+        samples=2,
+        label="x",
+        progress=lambda d, t, left: done.append((d, t)),
     )
     assert len(result.replies) == 2 * 11 * 2 and done[-1] == (44, 44)
     assert {(r["story"], r["condition"]) for r in result.replies} == {(s, c) for s in range(2) for c in CONDITIONS}

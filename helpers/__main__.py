@@ -1,4 +1,4 @@
-"""`python -m helpers doctor | course | stories | train | evaluate | share`: the notebooks' functions, for long runs."""
+"""`python -m helpers doctor | course | stamp | stories | train | evaluate | share`: the notebooks' functions, for long runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def _course(options) -> int:
     from helpers.course import run_course
 
     run_course(in_place=options.in_place, only=options.only)
+    return 0
+
+
+def _stamp(options) -> int:
+    from helpers import repository
+
+    for path in repository.stamp(options.url or repository.address()[0], options.ref):
+        print("stamped", path.relative_to(repository.ROOT))
+    print("address:", *repository.address())
     return 0
 
 
@@ -163,6 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     course.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ as well")
     course.add_argument("--only", nargs="*", help="parts of notebook names")
     course.set_defaults(run_command=_course)
+
+    stamp = commands.add_parser("stamp", help="after a fork: write the repository's address into badges and set-up cells")
+    stamp.add_argument("url", nargs="?", help="https://github.com/you/moe-course; without it, the present one again")
+    stamp.add_argument("--ref", default="main", help="branch or tag that the badges open (default: main)")
+    stamp.set_defaults(run_command=_stamp)
 
     stories = commands.add_parser("stories", help="check and describe your stories; write them for other programs")
     stories.add_argument("path", type=Path, help="a folder of stories, or one .yaml or .jsonl file")

@@ -1,10 +1,9 @@
-"""Runs the five notebooks in order and leaves executed copies and one HTML page under `build/`."""
+"""Runs the five notebooks in order and leaves executed copies and a site to read under `build/`."""
 
 from __future__ import annotations
 
 import os
 import time
-from html import escape
 from pathlib import Path
 
 from helpers.profiles import ROOT
@@ -16,9 +15,6 @@ NOTEBOOKS = (
     "04_qlora_training",
     "05_length_control_evaluation",
 )
-
-
-NO_ALT = 'alt="No description has been provided for this image"'  # what nbconvert writes
 
 
 def clean(notebook) -> None:
@@ -53,35 +49,15 @@ def execute(path: Path, timeout: int = 3600):
     return notebook
 
 
-def one_page(notebooks: list, target: Path) -> Path:
-    """All notebooks one after the other as a single HTML page."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    merged = nbformat.v4.new_notebook(metadata=notebooks[0].metadata)
-    merged.cells = [cell for notebook in notebooks for cell in notebook.cells]
-    for number, cell in enumerate(merged.cells):
-        cell["id"] = f"cell-{number}"
-    html, _ = HTMLExporter(template_name="lab").from_notebook_node(
-        merged, {"metadata": {"name": "Fine-tuning a Mixture of Experts"}}
-    )
-    outputs = (output for cell in merged.cells for output in cell.get("outputs", []))
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    parts = html.split(NO_ALT)
-    if len(parts) == len(pictures) + 1:  # the exporter does not use the text alternatives that the outputs have
-        alts = (output.metadata.get("image/png", {}).get("alt", "figure") for output in pictures)
-        html = parts[0] + "".join(f'alt="{escape(alt)}"' + part for alt, part in zip(alts, parts[1:], strict=True))
-    target.write_text(html, encoding="utf-8")
-    return target
-
-
 def run_course(in_place: bool = False, only: list[str] | None = None) -> Path:
-    """Execute the notebooks; returns the page. `in_place` writes the outputs back into `notebooks/` as well."""
+    """Execute the notebooks; returns the site's first page. `in_place` writes the outputs back into `notebooks/` as well."""
     import nbformat
+
+    from helpers import site
 
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
-    executed, started = [], time.monotonic()
+    executed, started = {}, time.monotonic()
     for name in NOTEBOOKS:
         path = ROOT / "notebooks" / f"{name}.ipynb"
         if only and not any(o in name for o in only):
@@ -92,8 +68,8 @@ def run_course(in_place: bool = False, only: list[str] | None = None) -> Path:
         nbformat.write(notebook, build / path.name)
         if in_place:
             nbformat.write(notebook, path)
-        executed.append(notebook)
+        executed[name] = notebook
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
-    page = one_page(executed, build / "course.html")
+    page = site.build(executed, build)
     print(f"done in {(time.monotonic() - started) / 60:.1f} minutes: open {page.relative_to(ROOT)}")
     return page

@@ -143,14 +143,14 @@ class Nf4MoeQuantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(self):
         return _QuantizeStacks(self)
 
-    def update_weight_conversions(self, weight_conversions, model):
+    def update_weight_conversions(self, weight_conversions, *model):  # transformers 5.15 does not pass the model
         """Converters that stack one matrix an expert pack it instead. Other layouts (transposed, split) stay as they are."""
         for converter in weight_conversions:
             steps = [(type(op), getattr(op, "dim", None)) for op in getattr(converter, "operations", [])]
             stack = any(converter.target_patterns[0].endswith(f"experts.{name}") for name in experts.STACKS)
             if stack and not self.pre_quantized and steps in _MergeExperts.REPLACES:
                 converter.operations = [_MergeExperts(self.quantization_config.bnb_4bit_use_double_quant)]
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def get_weight_conversions(self):
         conversions = super().get_weight_conversions()

@@ -1,32 +1,49 @@
 """Does `(length = …)` work? The experiment that the model card shows only as a picture, with its statistics.
 
-Every held-out conversation is asked for a reply at each of the ten lengths and without modifier. The effect is measured
-over single replies, not over class means (ten means rise together even when single replies hardly follow), and the same
-is done with the untouched base model, which must not show it.
+Every held-out conversation is asked for a reply at each of the ten lengths and without modifier, several times. The effect is
+measured over single replies, not over class means: ten means rise together even when single replies hardly follow. Intervals
+draw whole conversations. A reply that the token limit or the context cut off is longer than it looks; it is counted as such.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
-import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from helpers.generation import Progress, Prompt, Sampling, generate_replies
+from helpers import length_stats as stats
+from helpers.generation import Progress, Prompt, Sampling
 from helpers.lengths import LENGTHS, count_words, length_class
 from helpers.profiles import ROOT, Profile
+from helpers.replies import recorded_replies
 from helpers.stories import Story, load_stories
 from helpers.training import write_json
 
 CONDITIONS: tuple[str | None, ...] = (*LENGTHS, None)
+FIRST, DEEP = 0, 3  # which reply is asked for; seven messages stand before the fourth
+ENDS = {"eos": "e", "stop": "s", "limit": "l"}
 
 
-def held_out(profile: Profile, count: int, reply: int = 0, max_prompt_words: int = 330) -> list[Story]:
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: at both places, `conversations` x 11 conditions x `samples` replies; controls once each."""
+
+    conversations: int = 40
+    samples: int = 4
+    batch_size: int = 256
+
+
+def size_of(profile: Profile) -> Size:
+    """What a profile can afford. Small batches on a GPU leave room for the key-value cache; there are three held-out stories."""
+    return Size() if profile.name == "tiny" else Size(samples=16, batch_size=32)
+
+
+def held_out(profile: Profile, count: int, reply: int = FIRST, max_prompt_words: int = 330) -> list[Story]:
     """Conversations that no training saw, each with at least `reply` + 1 character replies.
 
     tiny: generated from seeds of their own; otherwise the held-out sample stories. For a fair comparison all conversations
@@ -50,86 +67,142 @@ def held_out(profile: Profile, count: int, reply: int = 0, max_prompt_words: int
     return chosen
 
 
+def row_of(reply, **case: Any) -> dict[str, Any]:
+    """A generated reply as a row of a table."""
+    return {**case, "words": count_words(reply.text), **dataclasses.asdict(reply)}
+
+
 @dataclass(frozen=True)
 class LengthTable:
     """Replies measured in words, by condition. `replies` has one row a reply; everything else follows from it."""
 
     label: str
-    replies: list[dict[str, Any]]  # condition, story, words, tokens, end, text
+    replies: list[dict[str, Any]]  # condition, story, sample, words, tokens, end, stopped_at, text
     natural: list[int]  # words of the conversations' own replies at the same place
     sampling: dict[str, Any]
     reply: int  # which reply of the conversation was asked for; 0 = the first
 
+    def of(self, condition: str | None) -> list[dict[str, Any]]:
+        return [r for r in self.replies if r["condition"] == condition]
+
     def words(self, condition: str | None) -> list[int]:
-        return [r["words"] for r in self.replies if r["condition"] == condition]
+        return [r["words"] for r in self.of(condition)]
 
     @property
     def conditions(self) -> list[str | None]:
         present = {r["condition"] for r in self.replies}
         return [c for c in CONDITIONS if c in present]
 
-    @property
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row a condition: n, mean with bootstrap 95 % interval, quartiles, share in and within one class, share cut off."""
+        """One row a condition. Words: mean and median with 95 % intervals, quartiles; shares in class and cut off; tokens.
+
+        `median` allows for replies that were cut off (Kaplan-Meier) and is None if too many were.
+        """
         table = []
         for c in self.conditions:
-            words = sorted(self.words(c))
-            low, high = bootstrap_mean(words)
-            steps = [abs(LENGTHS.index(length_class("x " * w)) - LENGTHS.index(c)) for w in words] if c else []
+            chosen = self.of(c)
+            words, stories = [r["words"] for r in chosen], [r["story"] for r in chosen]
+            low, high = stats.bootstrap(words, groups=stories)
+            median_low, median_high = stats.bootstrap(words, stats.np.median, groups=stories)
+            q25, _, q75 = statistics.quantiles(words, n=4, method="inclusive") if len(words) > 1 else words * 3
+            cut = [r["end"] == "limit" for r in chosen]
+            rank = [LENGTHS.index(c)] * len(words) if c else None
             table.append(
                 {
                     "length": c or "(none)",
                     "n": len(words),
-                    "mean": sum(words) / len(words),
+                    "mean": statistics.fmean(words),
                     "low": low,
                     "high": high,
-                    "q25": _quantile(words, 0.25),
-                    "median": _quantile(words, 0.5),
-                    "q75": _quantile(words, 0.75),
-                    "in class": sum(s == 0 for s in steps) / len(steps) if steps else None,
-                    "within one": sum(s <= 1 for s in steps) / len(steps) if steps else None,
-                    "cut off": sum(r["end"] == "limit" for r in self.replies if r["condition"] == c) / len(words),
+                    "q25": q25,
+                    "median": stats.censored_median(words, cut),
+                    "median low": median_low,
+                    "median high": median_high,
+                    "q75": q75,
+                    "tokens": statistics.fmean(r["tokens"] for r in chosen),
+                    "in class": stats.in_class(rank, words) if c else None,
+                    "within one": stats.in_class(rank, words, within=1) if c else None,
+                    "cut off": sum(cut) / len(cut),
                 }
             )
         return table
 
-    @property
-    def statistics(self) -> dict[str, float]:
-        """Rank correlations between asked class and words over single replies, and the shares over all classes."""
-        from scipy.stats import kendalltau, spearmanr
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Effect over single replies of the ten lengths. `spearman_p` takes replies as independent; the interval does not."""
+        from scipy.stats import spearmanr
 
         asked = [r for r in self.replies if r["condition"] is not None]
-        ranks = [LENGTHS.index(r["condition"]) for r in asked]
-        words = [r["words"] for r in asked]
-        rho, tau = spearmanr(ranks, words), kendalltau(ranks, words)
+        ranks, words = [LENGTHS.index(r["condition"]) for r in asked], [r["words"] for r in asked]
+        got = [stats.word_class(w) for w in words]
+        low, high = stats.spearman_interval(ranks, words, [r["story"] for r in asked])
+        rho = stats.spearman(ranks, words)
         classes = [r for r in self.rows if r["in class"] is not None]
-        means = [r["mean"] for r in classes]
+        medians = [float("inf") if r["median"] is None else r["median"] for r in classes]
+        apart = stats.separated([(r["median low"], r["median high"]) for r in classes])
+        chance, chance_p = stats.permuted_information(ranks, got)
         return {
             "replies": len(asked),
-            "spearman": float(rho.statistic),
-            "spearman_p": float(rho.pvalue),
-            "kendall": float(tau.statistic),
-            "in_class": sum(r["in class"] for r in classes) / len(classes),
-            "within_one": sum(r["within one"] for r in classes) / len(classes),
-            "rising_means": sum(b > a for a, b in itertools.pairwise(means)) / max(1, len(means) - 1),
+            "conversations": len({r["story"] for r in asked}),
+            "spearman": rho,
+            "spearman_low": low,
+            "spearman_high": high,
+            "spearman_p": float(spearmanr(ranks, words).pvalue) if rho else 1.0,
+            "kendall": stats.kendall(ranks, words),
+            "in_class": stats.in_class(ranks, words),
+            "within_one": stats.in_class(ranks, words, within=1),
+            "rising_means": stats.rising([r["mean"] for r in classes]) / max(1, len(classes) - 1),
+            "rising_medians": stats.rising(medians),
+            "separated_medians": sum(apart),
+            "top_three_separated": all(apart[-2:]),
+            "information": stats.mutual_information(ranks, got),
+            "information_by_chance": chance,
+            "information_p": chance_p,
             "cut_off": sum(r["end"] == "limit" for r in self.replies) / len(self.replies),
+            "impersonated": sum(r["end"] == "stop" for r in self.replies) / len(self.replies),
+            **self.unasked,
+        }
+
+    @property
+    def unasked(self) -> dict[str, Any]:
+        """Replies without modifier beside the conversations' own: means, their intervals, and whether the former is natural."""
+        free = self.of(None)
+        if not free or not self.natural:
+            return {}
+        words = [r["words"] for r in free]
+        low, high = stats.bootstrap(self.natural)
+        mean = statistics.fmean(words)
+        free_low, free_high = stats.bootstrap(words, groups=[r["story"] for r in free])
+        return {
+            "none_mean": mean,
+            "none_low": free_low,
+            "none_high": free_high,
+            "natural_mean": statistics.fmean(self.natural),
+            "natural_low": low,
+            "natural_high": high,
+            "none_is_natural": low <= mean <= high,
         }
 
     def __str__(self) -> str:
         lines = [
-            f"{'length':<11}{'n':>4}{'mean words':>12}{'95 % interval':>17}{'median':>8}{'in class':>10}{'±1 class':>10}"
-            f"{'cut off':>9}"
+            f"{'length':<11}{'n':>5}{'mean words':>12}{'95 % interval':>17}{'quartiles':>16}{'tokens':>8}{'in class':>10}"
+            f"{'±1 class':>10}{'cut off':>9}"
         ]
         for r in self.rows:
             shares = "".join(f"{'' if r[k] is None else f'{r[k]:.0%}':>10}" for k in ("in class", "within one"))
-            interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+            median = "cut" if r["median"] is None else f"{r['median']:.0f}"
+            interval, quartiles = f"[{r['low']:.1f}, {r['high']:.1f}]", f"{r['q25']:.0f} / {median} / {r['q75']:.0f}"
             lines.append(
-                f"{r['length']:<11}{r['n']:>4}{r['mean']:>12.1f}{interval:>17}{r['median']:>8.0f}{shares}{r['cut off']:>9.0%}"
+                f"{r['length']:<11}{r['n']:>5}{r['mean']:>12.1f}{interval:>17}{quartiles:>16}{r['tokens']:>8.0f}{shares}"
+                f"{r['cut off']:>9.0%}"
             )
         s = self.statistics
         lines.append(
-            f"{self.label}: Spearman {s['spearman']:+.2f} and Kendall {s['kendall']:+.2f} over {s['replies']} single replies "
-            f"(p = {s['spearman_p']:.1g}); in class {s['in_class']:.0%}, within one {s['within_one']:.0%}"
+            f"{self.label}: Spearman {s['spearman']:+.2f} [{s['spearman_low']:+.2f}, {s['spearman_high']:+.2f}], Kendall "
+            f"{s['kendall']:+.2f} over {s['replies']} single replies; in class {s['in_class']:.0%}, within one "
+            f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits; {s['rising_medians']} of 9 medians rise, "
+            f"{s['separated_medians']} beyond their intervals"
         )
         return "\n".join(lines)
 
@@ -144,18 +217,36 @@ class LengthTable:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls)})
 
+    def compact(self) -> dict[str, Any]:
+        """Without the texts, in columns: small enough to be committed. `from_compact` is the inverse but for texts and tokens."""
+        columns = {}
+        for c in self.conditions:
+            chosen = self.of(c)
+            columns[c or "(none)"] = {
+                "words": [r["words"] for r in chosen],
+                "story": [r["story"] for r in chosen],
+                "tokens": [r["tokens"] for r in chosen],
+                "end": "".join(ENDS[r["end"]] for r in chosen),
+            }
+        return {
+            "label": self.label,
+            "reply": self.reply,
+            "sampling": self.sampling,
+            "natural": self.natural,
+            "columns": columns,
+            "rows": self.rows,
+            "statistics": self.statistics,
+        }
 
-def bootstrap_mean(values: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+    @classmethod
+    def from_compact(cls, data: dict[str, Any]) -> LengthTable:
+        names = {v: k for k, v in ENDS.items()}
+        rows = [
+            {"condition": None if c == "(none)" else c, "story": s, "words": w, "tokens": t, "end": names[e], "text": ""}
+            for c, column in data["columns"].items()
+            for w, s, t, e in zip(*(column[k] for k in ("words", "story", "tokens", "end")), strict=True)
+        ]
+        return cls(data["label"], rows, data["natural"], data["sampling"], data["reply"])
 
 
 def measure_length_control(
@@ -163,16 +254,18 @@ def measure_length_control(
     tokenizer,
     stories: Sequence[Story],
     sampling: Sampling | None = None,
-    reply: int = 0,
+    reply: int = FIRST,
     samples: int = 1,
     conditions: Sequence[str | None] = CONDITIONS,
     label: str = "adapter",
     batch_size: int = 64,
     progress: Progress | None = None,
+    folder: str | Path | None = None,
 ) -> LengthTable:
     """Ask each conversation for its reply number `reply` under every condition, `samples` times.
 
-    Earlier replies keep the modifiers of their own lengths, as in training. Raises ValueError without conversations.
+    Earlier replies keep the modifiers of their own lengths, as in training. With `folder`, replies are written there as they
+    are made and an interrupted measurement continues. Raises ValueError without conversations.
     """
     if not stories:
         raise ValueError("no conversation to measure: none is held out, or none is deep enough")
@@ -182,13 +275,11 @@ def measure_length_control(
         before = story.before_reply(reply)
         history = [length_class(m.text) for m in before.replies]
         for condition in conditions:
-            for _ in range(samples):
-                cases.append((number, condition))
-                prompts.append(Prompt.of(before, tokenizer, condition, history))
-    answers = generate_replies(model, tokenizer, prompts, sampling, batch_size, progress)
-    rows = [
-        {"condition": c, "story": n, "words": count_words(a.text), "tokens": a.tokens, "end": a.end, "text": a.text}
-        for (n, c), a in zip(cases, answers, strict=True)
-    ]
+            prompt = Prompt.of(before, tokenizer, condition, history)
+            for sample in range(samples):
+                cases.append({"condition": condition, "story": number, "sample": sample})
+                prompts.append(dataclasses.replace(prompt, sample=sample))
+    answers = recorded_replies(model, tokenizer, prompts, sampling, batch_size, progress, folder)
+    rows = [row_of(a, **case) for case, a in zip(cases, answers, strict=True)]
     natural = [count_words(s.replies[reply].text) for s in stories]
     return LengthTable(label, rows, natural, dataclasses.asdict(sampling), reply)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -154,7 +153,7 @@ def iterate_replies(
     Batches are made of prompts that ask for similar lengths, so that few rows wait for a long one.
     """
     sampling = sampling or Sampling()
-    streams = _streams(prompts, sampling.seed)
+    prompts = numbered(prompts)
     work = [_expected_words(p.length) + 4 for p in prompts]
     done, worked, began = 0, 0, time.monotonic()
     was_training = model.training
@@ -165,7 +164,7 @@ def iterate_replies(
             members = sorted((work[i], len(prompts[i].ids), i, row) for row, (_, group) in enumerate(chunk) for i in group)
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                rows = _Rows(tokenizer, [prompts[i] for *_, i, _ in batch], [streams[i] for *_, i, _ in batch], sampling, model)
+                rows = _Rows(tokenizer, [prompts[i] for *_, i, _ in batch], sampling, model)
                 places = [row for *_, row in batch]
                 lengths = [len(chunk[row][0]) for row in places]
                 for _ in _decode(model, cache, mask, places, lengths, rows):
@@ -187,7 +186,7 @@ def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sa
     sampling = sampling or Sampling()
     was_training = model.training
     model.eval()
-    rows = _Rows(tokenizer, [prompt], _streams([prompt], sampling.seed), sampling, model)
+    rows = _Rows(tokenizer, [prompt], sampling, model)
     shown = 0
     try:
         cache, mask = _prefill(model, [prompt.ids[:-1]])
@@ -204,6 +203,25 @@ def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sa
         model.train(was_training)
 
 
+def numbered(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with sample numbers that tell repeated ones apart."""
+    taken: set[tuple] = set()
+    result = []
+    for p in prompts:
+        sample = p.sample
+        while (p.ids, sample) in taken:
+            sample += 1
+        taken.add((p.ids, sample))
+        result.append(p if sample == p.sample else replace(p, sample=sample))
+    return result
+
+
+def stream_seed(prompt: Prompt, seed: int) -> int:
+    """The seed of a row's random stream, from its prompt, its sample number and the run's seed."""
+    digest = hashlib.blake2b(repr((seed, prompt.ids, prompt.sample)).encode(), digest_size=7)
+    return int.from_bytes(digest.digest(), "little")
+
+
 def print_progress(done: int, total: int, seconds_left: float) -> None:
     """A progress function: one line that overwrites itself, with the time left."""
     end = "\n" if done == total else ""
@@ -216,18 +234,6 @@ def print_progress(done: int, total: int, seconds_left: float) -> None:
 def _expected_words(length: str | None) -> int:
     low, high = word_range(length) if length in LENGTHS else (20, 40)
     return (low + (high or 2 * low)) // 2
-
-
-def _streams(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """A seed for each row from the prompt itself, its sample number and the run's seed."""
-    seen: Counter = Counter()
-    seeds = []
-    for p in prompts:
-        again = seen[p.ids, p.sample]  # the same prompt and number once more is another sample
-        seen[p.ids, p.sample] += 1
-        digest = hashlib.blake2b(repr((seed, p.ids, p.sample + again)).encode(), digest_size=7)
-        seeds.append(int.from_bytes(digest.digest(), "little"))
-    return seeds
 
 
 def _chunks(prompts: Sequence[Prompt], apart: int = 32) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
@@ -315,7 +321,7 @@ def _decode(model, cache, mask: Tensor, places: Sequence[int], lengths: Sequence
 class _Rows:
     """The replies of a batch while they are made: chosen tokens, and which rows are done."""
 
-    def __init__(self, tokenizer, prompts: Sequence[Prompt], streams: Sequence[int], sampling: Sampling, model):
+    def __init__(self, tokenizer, prompts: Sequence[Prompt], sampling: Sampling, model):
         self.tokenizer, self.prompts, self.sampling = tokenizer, prompts, sampling
         context = model.config.max_position_embeddings
         self.room = [min(sampling.max_new_tokens, context - len(p.ids)) for p in prompts]
@@ -331,7 +337,7 @@ class _Rows:
         self.chain = sampling.processors()
         self.seen, _ = _left_padded([p.ids for p in prompts], model.device)
         if sampling.temperature > 0:
-            draws = [torch.Generator().manual_seed(s) for s in streams]
+            draws = [torch.Generator().manual_seed(stream_seed(p, sampling.seed)) for p in prompts]
             self.draws = torch.stack([torch.rand(max(self.room), generator=g, dtype=torch.float64) for g in draws])
         self.step = 0
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import random
+import statistics
 
 import pytest
 
-from helpers.evaluation import CONDITIONS, LengthTable, bootstrap_mean, held_out, measure_length_control
+from helpers.evaluation import CONDITIONS, LengthTable, held_out, measure_length_control
 from helpers.generation import Sampling
 from helpers.lengths import LENGTHS, word_range
 from helpers.profiles import PROFILES
@@ -16,7 +19,7 @@ from helpers.tiny import ADAPTER_SEED, EVALUATION_SEED
 
 def table(words_of, n=20):
     rows = [
-        {"condition": c, "story": i, "words": words_of(c, i), "tokens": 1, "end": "eos", "text": ""}
+        {"condition": c, "story": i, "words": words_of(c, i), "tokens": 1, "end": "eos", "stopped_at": None, "text": ""}
         for c in CONDITIONS
         for i in range(n)
     ]
@@ -27,6 +30,9 @@ def test_perfect_control_has_perfect_numbers():
     perfect = table(lambda c, i: word_range(c)[0] if c else 17)
     s = perfect.statistics
     assert s["spearman"] == pytest.approx(1.0) and s["in_class"] == 1.0 and s["rising_means"] == 1.0 and s["cut_off"] == 0.0
+    assert s["rising_medians"] == s["separated_medians"] == 9 and s["top_three_separated"]
+    assert s["information"] == pytest.approx(math.log2(10), abs=0.35) and s["information_p"] < 0.01
+    assert (s["none_mean"], s["natural_mean"], s["none_is_natural"]) == (17, 10, False)
     assert [r["mean"] for r in perfect.rows[:3]] == [1, 5, 9]
     assert perfect.rows[-1]["length"] == "(none)" and perfect.rows[-1]["in class"] is None
 
@@ -34,7 +40,9 @@ def test_perfect_control_has_perfect_numbers():
 def test_lengths_that_ignore_the_modifier_show_no_effect():
     rng = random.Random(0)
     none = table(lambda c, i: rng.randint(1, 200), n=100)
-    assert abs(none.statistics["spearman"]) < 0.1 and none.statistics["in_class"] < 0.3
+    s = none.statistics
+    assert abs(s["spearman"]) < 0.1 and s["in_class"] < 0.3 and s["information"] < 0.05 and s["information_p"] > 0.01
+    assert s["spearman_low"] < 0 < s["spearman_high"] and not s["top_three_separated"]
 
 
 def test_spearman_is_scipys_on_the_same_pairs_and_ignores_the_no_modifier_rows():
@@ -49,21 +57,34 @@ def test_spearman_is_scipys_on_the_same_pairs_and_ignores_the_no_modifier_rows()
     assert noisy.statistics["spearman"] == pytest.approx(by_hand)
 
 
-def test_bootstrap_interval_contains_the_mean_and_shrinks():
-    rng = random.Random(0)
-    few, many = ([rng.gauss(50, 10) for _ in range(n)] for n in (20, 500))
-    for values in (few, many):
-        low, high = bootstrap_mean(values)
-        assert low < sum(values) / len(values) < high
-    assert (bootstrap_mean(many)[1] - bootstrap_mean(many)[0]) < (bootstrap_mean(few)[1] - bootstrap_mean(few)[0])
-    # normal theory: 1.96 s / sqrt(n) on each side
-    low, high = bootstrap_mean(many)
-    assert high - low == pytest.approx(2 * 1.96 * 10 / 500**0.5, rel=0.25)
-
-
 def test_saved_tables_come_back(tmp_path):
     original = table(lambda c, i: i + 1)
     assert LengthTable.load(original.save(tmp_path / "deep" / "table.json")) == original
+    small = json.loads(json.dumps(original.compact()))
+    assert LengthTable.from_compact(small).statistics == original.statistics == small["statistics"]
+    assert LengthTable.from_compact(small).rows == small["rows"] and len(json.dumps(small)) < 15_000
+
+
+def test_replies_that_were_cut_off_are_never_taken_for_short_ones():
+    """A third of the replies is cut at 12 words: the median rises above that of what was seen; a cut majority has none."""
+    cut = table(lambda c, i: 12 if i % 3 == 0 else 10 + i, n=30)
+    for r in cut.replies:
+        r["end"] = "limit" if r["story"] % 3 == 0 else "eos"
+    row = cut.rows[0]
+    assert row["cut off"] == pytest.approx(1 / 3) and row["median"] > statistics.median(cut.words("micro")) + 3
+    for r in cut.replies:
+        r["end"] = "limit"
+    fresh = LengthTable(cut.label, cut.replies, cut.natural, cut.sampling, cut.reply)
+    assert fresh.rows[0]["median"] is None and "cut" in str(fresh) and fresh.statistics["cut_off"] == 1.0
+
+
+def test_intervals_draw_whole_conversations():
+    """Each conversation answers alike under all samples: the interval is that of 20 conversations, not of 80 replies."""
+    rows = table(lambda c, i: 10 + i, n=20).replies
+    four = LengthTable("x", [r for r in rows for _ in range(4)], [10], {}, 0)
+    one = LengthTable("x", rows, [10], {}, 0)
+    width = [t.rows[0]["high"] - t.rows[0]["low"] for t in (four, one)]
+    assert width[0] == pytest.approx(width[1], rel=0.1)
 
 
 def test_held_out_conversations_are_not_training_stories():
@@ -76,13 +97,8 @@ def test_held_out_conversations_are_not_training_stories():
     assert len(written) == 3 and all("heldout" in s.source for s in written)
 
 
-def test_measuring_asks_every_conversation_under_every_condition(tokenizer):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from helpers.tiny import HOME
-
-    model = AutoModelForCausalLM.from_pretrained(HOME, dtype=torch.float32)
+def test_measuring_asks_every_conversation_under_every_condition(tiny_model, tokenizer):
+    model = tiny_model
     stories = held_out(PROFILES["tiny"], 2)
     done = []
     result = measure_length_control(
@@ -99,3 +115,64 @@ def test_measuring_asks_every_conversation_under_every_condition(tokenizer):
     assert result.statistics["cut_off"] > 0.5, "five tokens cut most replies off, and the table says so"
     with pytest.raises(ValueError, match="no conversation"):
         measure_length_control(model, tokenizer, [])
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers.tiny import HOME
+
+    return AutoModelForCausalLM.from_pretrained(HOME, dtype=torch.float32)
+
+
+def test_an_interrupted_measurement_continues_where_it_was(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """Stopped in the second batch, with half a line written: the rest is made, nothing twice, and the table is the same."""
+    from helpers import replies
+
+    stories, sampling = held_out(PROFILES["tiny"], 2), Sampling(max_new_tokens=6)
+    whole = measure_length_control(tiny_model, tokenizer, stories, sampling, samples=2)
+
+    def stop(done, total, left):
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_length_control(tiny_model, tokenizer, stories, sampling, samples=2, batch_size=10, progress=stop, folder=tmp_path)
+    (file,) = tmp_path.glob("replies-*.jsonl")
+    assert len(file.read_text().splitlines()) == 20
+    with file.open("a") as out:
+        out.write('{"key": "0123", "te')
+    made = []
+    again = measure_length_control(
+        tiny_model, tokenizer, stories, sampling, samples=2, progress=lambda d, t, left: made.append(t), folder=tmp_path
+    )
+    assert made[-1] == 24 and again == whole
+    assert len(file.read_text().splitlines()) == 44 and all(json.loads(line) for line in file.read_text().splitlines())
+    monkeypatch.setattr(replies, "iterate_replies", None)  # a third time nothing is generated
+    assert measure_length_control(tiny_model, tokenizer, stories, sampling, samples=2, folder=tmp_path) == whole
+    file.write_text("{}\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"jsonl:1: not a reply"):
+        measure_length_control(tiny_model, tokenizer, stories, sampling, samples=2, folder=tmp_path)
+
+
+def test_replies_of_another_model_or_sampling_are_never_taken(random_mixtral):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers.qlora import add_lora
+    from helpers.replies import fingerprint
+
+    plain = fingerprint(AutoModelForCausalLM.from_pretrained(random_mixtral), Sampling())
+    assert fingerprint(AutoModelForCausalLM.from_pretrained(random_mixtral), Sampling()) == plain
+    assert fingerprint(AutoModelForCausalLM.from_pretrained(random_mixtral), Sampling(seed=7)) == plain, "the seed is in the keys"
+    assert fingerprint(AutoModelForCausalLM.from_pretrained(random_mixtral), Sampling(temperature=0.7)) != plain
+    model = add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, router=False)
+    adapted = fingerprint(model, Sampling())
+    with model.disable_adapter():
+        assert fingerprint(model, Sampling()) == plain, "switched off, it is the base"
+    assert adapted != plain and fingerprint(model, Sampling()) == adapted
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[-1] = 1e-3
+    assert fingerprint(model, Sampling()) != adapted

@@ -83,7 +83,7 @@ def test_z_loss_is_that_of_transformers_switch(shape):
 
 def test_balancing_loss_is_that_of_transformers_over_top_k_for_one_layer():
     x = logits(0, 64, 8)
-    mask = (torch.arange(64) < 50).long()
+    mask = (torch.arange(64) < 50).long()[None]
     for m in (None, mask):
         theirs = load_balancing_loss_func((x,), 8, TOP_K, m)
         torch.testing.assert_close(load_balancing_loss(x, TOP_K, m) * TOP_K, theirs)

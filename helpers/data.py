@@ -72,6 +72,11 @@ class Corpus:
     dropped_turns: int
     fill: float  # share of the rows' places that hold tokens
     digest: str  # SHA-256 over all ids and labels: the run's data, to the bit
+    names: list[list[str]] = field(default_factory=list, compare=False, repr=False)  # of the stories in each row
+
+    def numbered(self) -> list[dict[str, Any]]:
+        """The rows, each with its number and the names of its stories: so a message about a row can say whose it is."""
+        return [{**row, "number": n, "stories": names} for n, (row, names) in enumerate(zip(self.rows, self.names, strict=True))]
 
     def __str__(self) -> str:
         parts = f" in {self.samples} samples" if self.samples > self.stories else ""
@@ -87,11 +92,18 @@ def build_corpus(
     labelled: Sequence[Labelled], tokenizer, context: int, loss: str = "replies", eos: str = "turn", long: str = "drop"
 ) -> Corpus:
     """Encode and pack. Raises ValueError when nothing would be trained. `long`: see `tokens.encode_all`."""
-    samples = [s.compact() for s in encode_all(labelled, tokenizer, context, loss, eos, long=long)]
+    labelled = list(labelled)
+    # A split story becomes several samples; encoded by itself, its samples are known to be its own.
+    groups = [[pair] for pair in labelled] if long == "split" else [labelled]
+    encoded = [[s.compact() for s in encode_all(group, tokenizer, context, loss, eos, long=long)] for group in groups]
+    samples = [sample for group in encoded for sample in group]
+    owners = [k for k, group in enumerate(encoded) for _ in group] if long == "split" else range(len(samples))
+    titles = [story.source or " and ".join(story.names) for story, _ in labelled]
     trained = sum(s.trained for s in samples)
     if not trained:
         raise ValueError("no token carries loss: the stories have no character reply that fits the context")
-    rows = [packed_row(samples[i] for i in members) for members in pack(samples, context)]
+    bins = pack(samples, context)
+    rows = [packed_row(samples[i] for i in members) for members in bins]
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
@@ -105,4 +117,5 @@ def build_corpus(
         dropped_turns=sum(s.dropped_turns for s in samples),
         fill=tokens / (len(rows) * context),
         digest=digest.hexdigest(),
+        names=[list(dict.fromkeys(titles[owners[i]] for i in members)) for members in bins],
     )

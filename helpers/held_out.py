@@ -1,0 +1,92 @@
+"""The loss on stories that no training saw, by the length class of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from helpers import losses
+from helpers.data import Labelled
+from helpers.lengths import LENGTHS, label_replies, length_class
+from helpers.profiles import ROOT, Profile
+from helpers.stories import load_stories
+from helpers.tokens import IGNORED, Collator, encode_all, packed_row
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+def held_out_stories(profile: Profile, count: int = 24) -> list[Labelled]:
+    """Stories beside the training data, every reply with the modifier of its class.
+
+    tiny: generated as its training data, from seeds of their own; otherwise those of `data_samples/heldout`.
+    """
+    if not profile.stories.startswith("generated:"):
+        stories = load_stories(ROOT / "data_samples" / "heldout")[:count]
+        return [(story, label_replies(story, 0.0)) for story in stories]
+    from helpers.tiny import EVALUATION_SEED
+    from helpers.tiny_stories import labelled_story
+
+    first = EVALUATION_SEED + 500_000
+    return [labelled_story(first + k, balanced=0.6, omit=0.0, max_words=200) for k in range(count)]
+
+
+def reply_classes(labelled: Sequence[Labelled]) -> list[list[str]]:
+    """The class of each character reply, by its own words."""
+    return [[length_class(m.text) for m in story.replies] for story, _ in labelled]
+
+
+class HeldOutLoss:
+    """Called with a model: mean cross-entropy (nats a token) over all reply tokens ("all") and by length class.
+
+    Draws no random numbers and leaves the model in the mode in which it was. A class without a reply is left out. Stories
+    beyond the context lose their first turns, as in training.
+    """
+
+    def __init__(self, labelled: Sequence[Labelled], tokenizer, context: int, pad: int, batch_size: int = 4):
+        self.batches = []
+        samples = sorted(self._samples(labelled, tokenizer, context), key=lambda pair: -len(pair[0]))
+        collate = Collator(pad)
+        for start in range(0, len(samples), batch_size):
+            part = samples[start : start + batch_size]
+            batch = collate([packed_row([sample]) for sample, _ in part])
+            kinds = torch.full_like(batch["labels"], IGNORED)
+            for row, (sample, classes) in enumerate(part):
+                kinds[row, : len(sample)] = torch.tensor(classes)
+            self.batches.append((batch, kinds))
+
+    @staticmethod
+    def _samples(labelled, tokenizer, context):
+        """(sample, class number of each token): the trained tokens of a sample come in one stretch a reply."""
+        encoded = encode_all(labelled, tokenizer, context)
+        for sample, names in zip(encoded, reply_classes(labelled), strict=True):
+            trained = [label != IGNORED for label in sample.labels]
+            starts = [i for i, t in enumerate(trained) if t and (i == 0 or not trained[i - 1])]
+            kept = iter(names[len(names) - len(starts) :])  # the first turns may have been dropped
+            classes, current = [], IGNORED
+            for i, t in enumerate(trained):
+                current = LENGTHS.index(next(kept)) if i in set(starts) else current
+                classes.append(current if t else IGNORED)
+            yield sample, classes
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        device = model.get_output_embeddings().weight.device
+        modes = [(module, module.training) for module in model.modules()]
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            model.eval()
+            for batch, kinds in self.batches:
+                inputs = {k: batch[k].to(device) for k in ("input_ids", "position_ids")}
+                hidden, targets = losses.completion_states(model, inputs, batch["labels"].to(device), model)
+                nats = losses.token_losses(hidden, model.get_output_embeddings().weight, targets)
+                moved = losses.next_tokens(kinds)
+                found.append((nats.cpu(), moved[moved != IGNORED]))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        nats, kinds = (torch.cat(parts) for parts in zip(*found, strict=True))
+        by_class = {name: nats[kinds == i] for i, name in enumerate(LENGTHS)}
+        result = {"all": nats.mean().item()} | {name: x.mean().item() for name, x in by_class.items() if len(x)}
+        return {name: round(value, 5) for name, value in result.items()}

@@ -1,0 +1,163 @@
+"""Checkpoints that survive a kill at any moment, and what is refused when a run is continued.
+
+    run_dir/  run.json (settings, data digest)  log.jsonl  checkpoint-N/  adapter/ (stock PEFT)  result.json
+
+transformers' Trainer writes `checkpoint-N`: adapters, optimizer, learning rate, random states. When all of it is on the disk, a
+file `complete.json` with the checksum of each file is put beside them in one atomic step. A folder without it was cut off
+while it was written: it is passed over, and nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from helpers.data import Corpus
+from helpers.profiles import Profile
+from helpers.run_log import Log, write_json
+
+MARK, PROGRESS = "complete.json", "progress.json"
+DELETED = "deleted-"
+NOT_COMPARED = ("reasons", "memory_gib", "save_steps")  # of a profile: they may change while a run rests
+
+
+def settings(profile: Profile, corpus: Corpus | None = None) -> dict[str, Any]:
+    """What must be unchanged for a run to be continued; without a corpus, only the profile."""
+    kept = {k: v for k, v in dataclasses.asdict(profile).items() if k not in NOT_COMPARED}
+    return {"profile": kept, "data": corpus.digest if corpus else None}
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """In what two settings differ, in words; "" if in nothing."""
+    then, now = found["profile"], wanted["profile"]
+    changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**now, **then} if then.get(k) != now.get(k)]
+    if wanted["data"] and found["data"] != wanted["data"]:
+        changed.append("the stories, their labels or the tokenizer")
+    return "; ".join(changed)
+
+
+def check_settings(run_dir: Path, wanted: dict[str, Any]) -> None:
+    """ValueError with the difference if the folder holds a run with other settings, or what is no run at all."""
+    path = run_dir / "run.json"
+    if not path.exists():
+        if found := sorted(p.name for p in run_dir.glob("checkpoint-*")):
+            raise ValueError(f"{run_dir} holds {found[0]} but no run.json, so it is not ours to continue: use another folder")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = difference(found, wanted)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it with its checkpoints, or use another folder") from error
+    if changed:
+        raise ValueError(f"{run_dir} holds a run with other settings ({changed}): use another output folder, or delete it")
+
+
+def _step(folder: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path, wanted: dict[str, Any]) -> None:
+    """Mark a checkpoint as whole: checksums of its files, after all of them are on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARK, MARK + ".partial"))
+    for file in files:
+        _sync(file)
+    _sync(folder)
+    sums = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
+    write_json(folder / MARK, {"step": _step(folder), "settings": wanted, "files": sums})
+    _sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed checkpoint's files, or None."""
+    try:
+        files = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        for name, fact in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != fact["bytes"] or _digest(folder / name) != fact["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MARK} cannot be read ({error})"
+    return None
+
+
+def last_good(run_dir: Path, wanted: dict[str, Any], say=print) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none yet.
+
+    Cut-off ones are passed over, and damaged ones if an older one is whole (the result is the same, it only takes longer).
+    ValueError for a checkpoint of another run, and if all that were finished are damaged.
+    """
+    damaged = []
+    for folder in sorted((p for p in run_dir.glob("checkpoint-*") if _step(p) >= 0), key=_step, reverse=True):
+        if not (folder / MARK).exists():
+            say(f"{folder.name} was cut off while it was written: passed over")
+            continue
+        if problem := damage(folder):
+            damaged.append(f"{folder.name}: {problem}")
+            say(f"{folder.name} is damaged ({problem}): passed over")
+            continue
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if changed := difference(mark["settings"], wanted):
+            raise ValueError(f"{folder} belongs to another run ({changed}): take it out of this folder")
+        return folder
+    if damaged:
+        raise ValueError(
+            f"no whole checkpoint is left in {run_dir} ({'; '.join(damaged)}): delete them to start from the beginning"
+        )
+    return None
+
+
+class Checkpoints(TrainerCallback):
+    """Seals each checkpoint that the Trainer has written, and deletes all but the last `keep` sealed ones."""
+
+    def __init__(self, run_dir: Path, wanted: dict[str, Any], log: Log, keep: int = 2):
+        self.run_dir, self.wanted, self.log, self.keep = run_dir, wanted, log, keep
+        self.writing = False  # a failure now is a failure to write
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.writing = control.should_save and not control.should_log
+        if control.should_save and state.is_world_process_zero:  # of an earlier sitting, cut off or about to be made again
+            (self.run_dir / f"checkpoint-{state.global_step}" / MARK).unlink(missing_ok=True)
+
+    def on_log(self, args, state, control, **kwargs):  # last of all callbacks, so what comes next is the writing
+        self.writing = control.should_save
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            folder = self.run_dir / f"checkpoint-{state.global_step}"
+            write_json(folder / PROGRESS, self.log.state())
+            seal(folder, self.wanted)
+            sealed = sorted((p for p in self.run_dir.glob("checkpoint-*") if (p / MARK).exists()), key=_step)
+            for old in sealed[: -self.keep]:
+                old.rename(old.with_name(DELETED + old.name))  # a deletion that is cut off must not look like a checkpoint
+            for old in self.run_dir.glob(DELETED + "*"):
+                shutil.rmtree(old)
+        self.writing = False
+        PartialState().wait_for_everyone()

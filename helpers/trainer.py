@@ -1,0 +1,206 @@
+"""transformers' Trainer, as a run of the course uses it.
+
+What it changes: the loss is computed on trained tokens only and never builds the logits of a batch (`losses`), router losses
+are normalised over the whole accumulation window, and a loss or gradient that is not finite stops the run before the weights
+are touched.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from helpers import losses
+from helpers.profiles import Profile
+from helpers.router_losses import RouterLosses
+from helpers.run_log import Log, merge
+from helpers.tokens import IGNORED, Collator
+
+
+def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> TrainingArguments:
+    """The profile as transformers' TrainingArguments: Adam (0.9, 0.999, 1e-8), cosine, warm-up steps."""
+    cuda = torch.cuda.is_available()
+    checkpointing: dict[str, Any] = {}
+    if profile.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        per_device_train_batch_size=profile.micro_batch,
+        gradient_accumulation_steps=profile.accumulation,
+        learning_rate=profile.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=profile.warmup_steps,
+        num_train_epochs=profile.epochs,
+        max_steps=profile.max_steps,
+        optim="adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=profile.seed,
+        data_seed=profile.seed,
+        bf16=cuda and profile.dtype == "bfloat16",
+        fp16=cuda and profile.dtype == "float16",
+        use_cpu=not cuda,
+        **checkpointing,
+        logging_steps=log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # nothing may hide them; `_Guard` stops
+        save_steps=profile.save_steps,
+        save_total_limit=None,  # `resume.Checkpoints` deletes, when the newer one is sealed
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+
+
+class NumberedCollator(Collator):
+    """Rows with a `number` → a batch that knows which rows it holds ("rows", (B,))."""
+
+    def __call__(self, rows):
+        return {**super().__call__(rows), "rows": torch.tensor([r.get("number", -1) for r in rows])}
+
+
+class CourseTrainer(Trainer):
+    """Trainer with a loss on completions that never builds logits, and attached router losses."""
+
+    def __init__(self, *args, router_losses: RouterLosses, log: Log | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.router_losses, self.run_log = router_losses, log
+        # compute_loss divides by the trained tokens of the whole window itself
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        # A head that is sharded, quantised, adapted or followed by something else is left to the model itself.
+        self.fused = not self.is_fsdp_enabled and losses.plain_head(self.model)
+        self.window: list[tuple[torch.Tensor, torch.Tensor]] = []  # (loss, row numbers) of each batch since the last step
+        self.add_callback(_Guard(self))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(sum(int(b["valid"].sum()) for b in batches), device=device)
+        if self.args.world_size > 1:
+            tokens = self.accelerator.gather(tokens).sum()
+        self.router_losses.window_tokens = int(tokens) or None
+        self.window = []
+        return batches, items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of the cross-entropy over this batch's trained tokens, divided by those of the window."""
+        inputs = dict(inputs)
+        labels, valid, rows = inputs.pop("labels"), inputs.pop("valid", None), inputs.pop("rows", None)
+        handle = self.router_losses
+        handle.valid = valid
+        scaler = getattr(self.accelerator, "scaler", None)
+        handle.loss_scale = (scaler.get_scale() if scaler is not None else 1.0) * self.args.world_size
+        outputs = None
+        if self.fused and not return_outputs:
+            loss = losses.completion_loss(model, inputs, labels, self.model)
+        else:
+            targets = losses.next_tokens(labels)
+            places = (targets != IGNORED).any(0).nonzero().squeeze(1)  # columns in which some row is trained
+            outputs = model(**inputs, logits_to_keep=places, use_cache=False)
+            logits, targets = outputs.logits.float().flatten(0, 1), targets[:, places].flatten()
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(items, device=loss.device).clamp_min(1) * self.args.world_size
+        self.window.append((loss.detach(), rows))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TensorBoard, and whoever else is reported to, gets the router numbers too."""
+        if self.run_log is not None and self.run_log.window and "loss" in logs:
+            logs.update({k: v for k, v in merge(self.run_log.window).items() if isinstance(v, float)})
+        super().log(logs, start_time)
+
+
+class _Guard(TrainerCallback):
+    """Between backward and the optimizer's step: stops at what is not finite. After the step: hands it to the log."""
+
+    def __init__(self, trainer: CourseTrainer):
+        self.trainer, self.verified = trainer, False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer, step = self.trainer, state.global_step + 1
+        parts = torch.stack([loss for loss, _ in trainer.window])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        *found, norm = torch.cat([parts, norm.reshape(1).to(parts)]).isfinite().tolist()  # one wait for the GPU
+        numbers = [rows.tolist() if rows is not None else [] for _, rows in trainer.window]
+        if not all(found):
+            bad = [n for ok, rows in zip(found, numbers, strict=True) if not ok for n in rows]
+            raise FloatingPointError(f"the loss is not finite at step {step}, in {_named(trainer, bad)}. {_ADVICE}")
+        if not norm and not args.fp16:  # under fp16 the gradient scaler skips such a step and lowers its scale
+            bad = [n for rows in numbers for n in rows]
+            raise FloatingPointError(f"a gradient is not finite at step {step}, in {_named(trainer, bad)}. {_ADVICE}")
+        if not self.verified:
+            trainer.router_losses.verify()
+            self.verified = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if trainer.run_log is None:
+            return
+        loss = torch.stack([loss for loss, _ in trainer.window]).sum()
+        rows = torch.cat([rows.cpu() for _, rows in trainer.window])
+        if args.world_size > 1:
+            loss = accelerate.utils.reduce(loss, "mean")
+            rows = torch.cat(accelerate.utils.gather_object([rows]))
+        tokens = trainer.router_losses.window_tokens or 0
+        trainer.run_log.add(loss.item(), tokens, rows.tolist())
+
+
+_ADVICE = "The weights are untouched and the last checkpoint is good: resume with a lower learning rate, or look at those stories"
+
+
+def _named(trainer: Trainer, numbers: Sequence[int]) -> str:
+    """Rows by number, with the stories that are packed in them."""
+    texts = []
+    for n in numbers:
+        stories = trainer.train_dataset[n].get("stories", ()) if n >= 0 else ()
+        texts.append(f"row {n}" + (f" ({', '.join(stories)})" if stories else ""))
+    return "; ".join(texts) or "an unnumbered row"
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run early with a checkpoint, as an interruption would: for showing that it resumes."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True
+
+
+class Interruptible(TrainerCallback):
+    """Ctrl-C, a notebook's stop button or SIGTERM ends the step, writes a checkpoint and stops; a second one stops at once."""
+
+    asked = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, *_):
+        self.asked = True
+        self.restore()
+        print("\nstopping after this step …", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)

@@ -1,10 +1,15 @@
-"""Time and memory of one expert layer with LoRA: ours in NF4 against stock transformers + PEFT in full precision.
+"""Time and memory of one expert layer with LoRA: ours in NF4 against what else can be had.
 
-    python benchmarks/experts.py [--hidden 1024 --intermediate 3584 --tokens 2048 --repeats 7] [--out benchmarks/results/...json]
+    python benchmarks/experts.py [--tokens 2048 ...] [--old-python OTHER/bin/python] [--out benchmarks/results/experts-cpu.json]
 
-All variants live in one process and take turns; reported are medians of a forward and backward pass, their ratios to the
-first variant, and the peak of live tensor bytes of one such pass, weights included. `floor` is the same matrix products
-alone, on weights that are already unpacked.
+All variants take turns in one process; reported are medians of a forward and backward pass with their quartiles, what
+ours takes in units of each other variant (the median over rounds, so that other work on the machine disturbs both alike), and
+the peak of live tensor bytes of one such pass, weights included. `floor` is the same matrix products alone, on weights that
+are already unpacked.
+
+transformers 4 kept every expert as linear layers, which bitsandbytes could pack. With the Python of an environment that holds
+transformers 4.57, bitsandbytes and PEFT, that variant runs in a process of its own, which this one wakes up when it has its
+turn:  pip install "transformers==4.57.6" "huggingface-hub<1" "peft==0.18.1" bitsandbytes torch
 """
 
 from __future__ import annotations
@@ -16,99 +21,106 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from helpers import experts
-from helpers.environment import hardware, versions
+from helpers.budget import LiveBytes
+
+SETTINGS = {"hidden": 1024, "intermediate": 3584, "experts": 8, "top_k": 2, "tokens": 2048, "rank": 8, "repeats": 7, "seed": 0}
+OLD = "transformers 4.57: bitsandbytes layers + PEFT"
+STACKS = ("gate_up_proj", "down_proj")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of tensor storages that are created while it is active, and still alive at that moment."""
+def config(o: argparse.Namespace, implementation: str | None = None):
+    from transformers import MixtralConfig
 
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+    made = MixtralConfig(
+        hidden_size=o.hidden, intermediate_size=o.intermediate, num_local_experts=o.experts, num_experts_per_tok=o.top_k
+    )
+    if implementation:
+        made._experts_implementation = implementation
+    return made
 
 
-def factors(config, rank: int) -> list[nn.Parameter]:
-    e, h, i = config.num_local_experts, config.hidden_size, config.intermediate_size
-    shapes = [(e, rank, h), (e, 2 * i, rank), (e, rank, i), (e, h, rank)]
-    return [nn.Parameter(torch.randn(s) * 0.02) for s in shapes]
+def layer(o: argparse.Namespace, implementation: str) -> nn.Module:
+    """Mixtral's experts with random fp32 weights."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    made = MixtralExperts(config(o, implementation)).requires_grad_(False)
+    for name in STACKS:
+        nn.init.normal_(getattr(made, name), std=0.02)
+    return made
+
+
+def factors(o: argparse.Namespace) -> nn.ParameterList:
+    shapes = [(o.experts, o.rank, o.hidden), (o.experts, 2 * o.intermediate, o.rank)]
+    shapes += [(o.experts, o.rank, o.intermediate), (o.experts, o.hidden, o.rank)]
+    return nn.ParameterList(torch.randn(s) * 0.02 for s in shapes)
 
 
 class Ours(nn.Module):
     """NF4 stacks, factors applied in turn."""
 
-    def __init__(self, config, rank):
+    def __init__(self, o):
+        from helpers import experts
+
         super().__init__()
-        config._experts_implementation = experts.NAME
-        self.layer = MixtralExperts(config)
-        for name in experts.STACKS:
-            setattr(self.layer, name, experts.quantize_stack(torch.randn_like(getattr(self.layer, name)) * 0.02))
-        self.lora = nn.ParameterList(factors(config, rank))
+        self.layer = layer(o, experts.NAME)
+        for name in STACKS:
+            setattr(self.layer, name, experts.quantize_stack(getattr(self.layer, name)))
+        self.lora, self.kind = factors(o), experts.Factors
 
     def forward(self, *inputs):
         a1, b1, a2, b2 = self.lora
-        self.layer.lora_factors = {"gate_up_proj": experts.Factors(a1, b1), "down_proj": experts.Factors(a2, b2)}
+        self.layer.lora_factors = {"gate_up_proj": self.kind(a1, b1), "down_proj": self.kind(a2, b2)}
         return self.layer(*inputs)
 
 
-class Stock(nn.Module):
+def stock(o: argparse.Namespace, implementation: str) -> nn.Module:
     """Unquantised stacks behind PEFT's own parameter wrapper (`target_parameters`), which forms W + B·A."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    def __init__(self, config, rank, implementation):
+    holder = nn.ModuleDict({"experts": layer(o, implementation)})
+    settings = LoraConfig(r=o.rank, lora_alpha=o.rank, target_parameters=[f"experts.{s}" for s in STACKS])
+    return inject_adapter_in_model(settings, holder)["experts"]
+
+
+class _PlusProduct(nn.Module):
+    """W + B·A, the product that PEFT forms for a parameter."""
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter):
         super().__init__()
-        from peft import LoraConfig, inject_adapter_in_model
+        self.a, self.b = a, b
 
-        config._experts_implementation = implementation
-        layer = MixtralExperts(config)
-        for name in experts.STACKS:
-            nn.init.normal_(getattr(layer, name), std=0.02)
-        holder = nn.ModuleDict({"experts": layer})
-        settings = LoraConfig(r=rank, lora_alpha=rank, target_parameters=[f"experts.{s}" for s in experts.STACKS])
-        self.layer = inject_adapter_in_model(settings, holder)["experts"]
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.einsum("eor,eri->eoi", self.b, self.a)
 
-    def forward(self, *inputs):
-        return self.layer(*inputs)
+
+def parametrised(o: argparse.Namespace, implementation: str) -> nn.Module:
+    """bitsandbytes' own 4-bit parameters, with PEFT's product as a second parametrisation.
+
+    PEFT's wrapper itself does not survive on them: the first step leaves one adapter without gradient, the second raises.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    made, lora = layer(o, implementation), factors(o)
+    for k, name in enumerate(STACKS):
+        replace_parameter_4bit(made, name, compress_statistics=True, quant_type="nf4", blocksize=64)
+        nn.utils.parametrize.register_parametrization(made, name, _PlusProduct(*lora[2 * k : 2 * k + 2]), unsafe=True)
+    return made
 
 
 class Floor(nn.Module):
     """The matrix products alone: forward, and backward for the inputs, with as many rows an expert as on average."""
 
-    def __init__(self, config, rows):
+    def __init__(self, o):
         super().__init__()
-        h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+        h, i, e = o.hidden, o.intermediate, o.experts
         self.w1, self.w2 = torch.randn(e, 2 * i, h) * 0.02, torch.randn(e, h, i) * 0.02
-        self.rows, self.e = rows // e, e
+        self.rows, self.e = o.tokens * o.top_k // e, e
         self.x, self.a, self.g1, self.g2 = (torch.randn(self.rows, n) for n in (h, i, 2 * i, h))
 
     def run(self):
@@ -119,73 +131,180 @@ class Floor(nn.Module):
             self.g1 @ self.w1[e]
 
 
+class OldBlock(nn.Module):
+    """transformers 4's MoE block: three `Linear4bit` an expert, each with a LoRA of its own. It routes by itself."""
+
+    def __init__(self, o):
+        import bitsandbytes as bnb
+        from peft import LoraConfig, inject_adapter_in_model
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        super().__init__()
+        block = MixtralSparseMoeBlock(config(o)).requires_grad_(False)
+        for expert in block.experts:
+            for name in ("w1", "w2", "w3"):
+                old = getattr(expert, name)
+                weight = bnb.nn.Params4bit(torch.randn_like(old.weight) * 0.02, requires_grad=False, quant_type="nf4")
+                new = bnb.nn.Linear4bit(
+                    old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+                )
+                new.weight = weight
+                setattr(expert, name, new.to("cpu"))  # packs
+        settings = LoraConfig(r=o.rank, lora_alpha=o.rank, target_modules=["w1", "w2", "w3"])
+        self.block = inject_adapter_in_model(settings, block)
+
+    def forward(self, x, index, scores):
+        return self.block(x.unsqueeze(0))[0]
+
+
 def weight_bytes(module: nn.Module) -> int:
+    """Parameters, with the quantisation scales of the packed ones."""
     total = 0
     for p in module.parameters():
-        total += p.numel() * p.element_size()
         state = getattr(p, "quant_state", None)
-        if state is not None:
-            total += state.absmax.numel() + 4 * state.state2.absmax.numel()
-    return total
+        total += p.numel() * p.element_size() + (_state_bytes(state) if state is not None else 0)
+    return total + sum(_state_bytes(m.quant_state) for m in module.modules() if type(m).__name__ == "Bnb4bitParametrization")
+
+
+def _state_bytes(state) -> int:
+    return state.absmax.numel() * state.absmax.element_size() + (4 * state.state2.absmax.numel() if state.nested else 0)
+
+
+class Here:
+    """A variant in this process."""
+
+    def __init__(self, module: nn.Module, o: argparse.Namespace):
+        torch.manual_seed(o.seed)
+        self.module, self.weights = module, weight_bytes(module)
+        self.x = torch.randn(o.tokens, o.hidden, requires_grad=True)
+        self.scores, self.index = torch.rand(o.tokens, o.experts).softmax(-1).topk(o.top_k)
+
+    def step(self) -> float:
+        started = time.perf_counter()
+        if isinstance(self.module, Floor):
+            self.module.run()
+        else:
+            self.module(self.x, self.index, self.scores).sum().backward()
+        took = time.perf_counter() - started
+        for p in (*self.module.parameters(), self.x):
+            p.grad = None
+        return took
+
+    def peak(self) -> int:
+        gc.collect()
+        with LiveBytes() as live:
+            self.step()
+        return live.peak
+
+
+class Elsewhere:
+    """A variant in the process of another Python: this very file as its worker, one line asked and one answered."""
+
+    def __init__(self, python: str, o: argparse.Namespace):
+        settings = [f"--{name.replace('_', '-')}={getattr(o, name)}" for name in SETTINGS]
+        command = [python, __file__, "--worker", *settings, f"--threads={torch.get_num_threads()}"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        hello = self._ask("hello")
+        self.weights, self.versions = hello["weights"], hello["versions"]
+
+    def _ask(self, what: str):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the other Python ended ({self.process.wait()}): its message is above")
+
+    def step(self) -> float:
+        return self._ask("step")["answer"]
+
+    def peak(self) -> int:
+        return self._ask("peak")["answer"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(o: argparse.Namespace) -> None:
+    import bitsandbytes
+    import peft
+    import transformers
+
+    found = Here(OldBlock(o), o)
+    names = (torch, transformers, peft, bitsandbytes)
+    hello = {"weights": found.weights, "versions": {m.__name__: m.__version__ for m in names}}
+    for line in sys.stdin:
+        asked = line.strip()
+        print(json.dumps(hello if asked == "hello" else {"answer": getattr(found, asked)()}), flush=True)
+
+
+def measure(o: argparse.Namespace) -> dict[str, dict]:
+    """Name → seconds (median, quartiles), ratio of time, weights and peak in MiB, ratio of memory."""
+    torch.manual_seed(o.seed)
+    variants = {
+        "nf4 (ours)": Here(Ours(o), o),
+        "stock eager + PEFT target_parameters": Here(stock(o, "eager"), o),
+        "stock grouped_mm + PEFT target_parameters": Here(stock(o, "grouped_mm"), o),
+        "bitsandbytes parametrisation + PEFT's product, eager": Here(parametrised(o, "eager"), o),
+        "bitsandbytes parametrisation + PEFT's product, grouped_mm": Here(parametrised(o, "grouped_mm"), o),
+        "floor": Here(Floor(o), o),
+    }
+    if o.old_python:
+        variants[OLD] = Elsewhere(o.old_python, o)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(o.repeats + 1):
+        for name, variant in variants.items():
+            took = variant.step()
+            if repeat:  # the first round warms up
+                seconds[name].append(took)
+    results = {}
+    ours = seconds[next(iter(variants))]
+    for name, variant in variants.items():
+        low, median, high = statistics.quantiles(seconds[name], n=4)
+        results[name] = {"median_seconds": median, "quartiles": [low, high], "fastest": min(seconds[name])}
+        ratios = statistics.quantiles([a / b for a, b in zip(ours, seconds[name], strict=True)], n=4)
+        results[name] |= {"ours_takes": ratios[1], "ours_takes_quartiles": [ratios[0], ratios[2]]}
+        if name != "floor":
+            results[name] |= {"weight_mib": variant.weights / 2**20, "peak_live_mib": (variant.weights + variant.peak()) / 2**20}
+    ours = next(iter(results.values()))
+    for entry in results.values():
+        if "peak_live_mib" in entry:
+            entry["ours_needs"] = ours["peak_live_mib"] / entry["peak_live_mib"]
+    if o.old_python:
+        results[OLD]["versions"] = variants[OLD].versions
+        variants[OLD].close()
+    return results
+
+
+def parse(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--old-python", help="Python of an environment with transformers 4.57")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {
-        "hidden": 1024,
-        "intermediate": 3584,
-        "experts": 8,
-        "tokens": 2048,
-        "rank": 8,
-        "repeats": 7,
-        "seed": 0,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path)
-    o = parser.parse_args()
-    torch.manual_seed(o.seed)
+    o = parse()
+    torch.set_num_threads(o.threads)
+    if o.worker:
+        work(o)
+        return
+    from helpers.environment import hardware, versions
 
-    def config():
-        return MixtralConfig(hidden_size=o.hidden, intermediate_size=o.intermediate, num_local_experts=o.experts)
-
-    variants = {
-        "nf4 (ours)": Ours(config(), o.rank),
-        "stock eager + PEFT": Stock(config(), o.rank, "eager"),
-        "stock grouped_mm + PEFT": Stock(config(), o.rank, "grouped_mm"),
-    }
-    floor = Floor(config(), o.tokens * 2)
-    x = torch.randn(o.tokens, o.hidden, requires_grad=True)
-    scores, index = torch.rand(o.tokens, o.experts).softmax(-1).topk(2)
-
-    def step(module):
-        module(x, index, scores).sum().backward()
-        for p in (*module.parameters(), x):
-            p.grad = None
-
-    results = {name: {"seconds": [], "weight_mib": weight_bytes(m) / 2**20} for name, m in variants.items()}
-    results["floor"] = {"seconds": []}
-    for repeat in range(o.repeats + 1):
-        for name, module in [*variants.items(), ("floor", floor)]:
-            started = time.perf_counter()
-            floor.run() if name == "floor" else step(module)
-            if repeat:  # the first round warms up
-                results[name]["seconds"].append(time.perf_counter() - started)
-    for name, module in variants.items():
-        gc.collect()
-        with LiveBytes() as live:
-            step(module)
-        results[name]["peak_live_mib"] = live.peak / 2**20
-    first = next(iter(results))
-    for entry in results.values():
-        entry["median_seconds"] = statistics.median(entry.pop("seconds"))
+    results = measure(o)
     for name, entry in results.items():
-        entry["time_ratio"] = entry["median_seconds"] / results[first]["median_seconds"]
-        print(f"{name:<26}{entry['median_seconds']:>8.2f} s  x{entry['time_ratio']:.2f}", end="")
-        print(f"  peak {entry['peak_live_mib']:.0f} + weights {entry['weight_mib']:.0f} MiB" if "weight_mib" in entry else "")
+        print(f"{name:<58}{entry['median_seconds']:>8.3f} s", end="")
+        print(f"{entry['peak_live_mib']:>9.0f} MiB" if "peak_live_mib" in entry else " " * 13, end="")
+        print(f"   ours: x{entry['ours_takes']:.2f}", f"x{entry['ours_needs']:.2f}" if "ours_needs" in entry else "")
     if o.out:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        facts = {"settings": {k: v for k, v in vars(o).items() if k != "out"}, "threads": torch.get_num_threads()}
-        facts |= {"results": results, "hardware": hardware(), "versions": versions(), "commit": commit}
+        facts = {"settings": {k: getattr(o, k) for k in (*SETTINGS, "threads")}, "results": results}
+        facts |= {"hardware": hardware(), "versions": versions(), "commit": commit}
         o.out.parent.mkdir(parents=True, exist_ok=True)
         o.out.write_text(json.dumps(facts, indent=1) + "\n")
 

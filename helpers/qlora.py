@@ -54,16 +54,19 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
         self._param_ndim = len(shape)
         if len(shape) == 3:
             self.num_experts = shape[0]
-            return shape[1], shape[2]  # update_layer swaps them for layouts (E, out, in)
+            # update_layer swaps them for layouts (E, out, in); PEFT 0.20 only where the parameter itself has three dimensions
+            swaps = param.ndim == 3 or hasattr(StockParamWrapper, "get_delta_factors")
+            return (shape[1], shape[2]) if swaps else (shape[2], shape[1])
         return super()._get_in_out_features(module)
 
     def factors(self, adapter: str) -> experts.Factors:
-        """A (E, r, in) and scaled B (E, out, r). In PEFT's files lora_A is expert-major and lora_B expert-minor."""
+        """A (E, r, in) and B (E, out, r), as views. In PEFT's files lora_A is expert-major and lora_B expert-minor."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return experts.Factors(
             A=a.view(self.num_experts, -1, a.shape[-1]),
-            B=b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1) * self.scaling[adapter],
+            B=b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1),
             dropout=self.expert_dropout[adapter],
+            scale=self.scaling[adapter],
         )
 
     @contextlib.contextmanager
@@ -82,7 +85,8 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
         if len(parts) > 1:  # several adapters add up: one adapter of the summed rank
             if len({p.dropout for p in parts}) > 1 and self.training:
                 raise ValueError("active expert adapters have different dropout: train one at a time")
-            handed = experts.Factors(torch.cat([p.A for p in parts], 1), torch.cat([p.B for p in parts], 2), handed.dropout)
+            b = torch.cat([p.B * p.scale for p in parts], 2)
+            handed = experts.Factors(torch.cat([p.A for p in parts], 1), b, handed.dropout)
         store = base.__dict__.setdefault("lora_factors", {})
         store[self.parameter_name] = handed
         try:
@@ -269,7 +273,7 @@ def _deltas(model: PeftModel) -> dict[str, list[experts.Factors]]:
             if isinstance(module, ParamWrapper) and module._param_ndim == 3:
                 factors = module.factors(adapter)
             else:
-                factors = experts.Factors(a.unsqueeze(0), b.unsqueeze(0) * module.scaling[adapter])
+                factors = experts.Factors(a.unsqueeze(0), b.unsqueeze(0), scale=module.scaling[adapter])
             found[f"{_plain_name(name)}.{own}"].append(factors)
     return found
 
@@ -289,7 +293,7 @@ def _merged(weight: torch.Tensor, factors: list[experts.Factors]) -> Iterator[to
         matrices = iter([weight.detach().float()])
     for e, matrix in enumerate(matrices):
         for f in factors:
-            matrix = matrix + f.B[e].float() @ f.A[e].float()
+            matrix = matrix + f.scale * (f.B[e].float() @ f.A[e].float())
         yield matrix
 
 

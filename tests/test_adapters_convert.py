@@ -53,7 +53,7 @@ def products(model):
     for name, module in model.named_modules():
         if isinstance(module, qlora.ParamWrapper) and module._param_ndim == 3:
             f = module.factors("default")
-            found[int(name.split(".")[4]), module.parameter_name] = (f.B @ f.A).detach()
+            found[int(name.split(".")[4]), module.parameter_name] = (f.scale * f.B @ f.A).detach()
     return found
 
 

@@ -206,8 +206,8 @@ def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, 
     for module in model.modules():
         if experts.is_experts(module):
             module.register_forward_pre_hook(lambda m, args: (chosen.append(args[1].clone()), unpacked.append([]))[0])
-    original = experts.Unpacker.__call__
-    monkeypatch.setattr(experts.Unpacker, "__call__", lambda self, e: (unpacked[-1].append(e), original(self, e))[1])
+    original = experts.Unpacker.pieces
+    monkeypatch.setattr(experts.Unpacker, "pieces", lambda self, e: (unpacked[-1].append(e), original(self, e))[1])
     out = model.generate(
         torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0
     )
@@ -215,6 +215,42 @@ def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, 
     for index, asked in zip(chosen, unpacked, strict=True):
         assert sorted(asked) == sorted(2 * index.unique().tolist()), "each chosen expert once for each of its two projections"
     assert all(index.shape == (1, 2) and len(asked) == 4 for index, asked in zip(chosen[2:], unpacked[2:], strict=True))
+
+
+@pytest.mark.parametrize("weights", [1, 64 * 7, 128 * 64])
+def test_unpacking_in_pieces_changes_nothing(monkeypatch, weights):
+    """`weights` at a time: less than a row, several rows that do not divide the matrix, half of the larger matrix."""
+    packed, _ = make()
+    index, weight, factors = INDICES["top-2"], torch.rand(5, 2), lora_factors()
+    attach(packed, factors)
+    found = []
+    for most in (2**20, weights):
+        monkeypatch.setitem(experts._PIECE, "cpu", most)
+        x = torch.randn(5, H, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        out = packed(x, index, weight)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *factors])])
+    whole = experts.Unpacker(packed.gate_up_proj, torch.float32)
+    assert len(list(whole.pieces(1))) == -(-2 * I // max(1, weights // H))
+    assert torch.equal(torch.cat([w for _, w in whole.pieces(1)]), whole(1))
+    assert len(list(experts.Unpacker(packed.gate_up_proj, torch.bfloat16).pieces(1))) == 1
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 2e-6 * a.norm()
+
+
+def test_the_scale_multiplies_the_adapters_product():
+    packed, _ = make()
+    index, weight, x = INDICES["top-2"], torch.rand(5, 2), torch.randn(5, H)
+    a1, b1, a2, b2 = lora_factors()
+    outs = []
+    for scale, times in ((0.5, 1.0), (1.0, 0.5)):
+        packed.lora_factors = {
+            "gate_up_proj": experts.Factors(a1, b1 * times, scale=scale),
+            "down_proj": experts.Factors(a2, b2 * times, scale=scale),
+        }
+        out = packed(x, index, weight)
+        outs.append([out, *torch.autograd.grad(out.square().sum(), [a1, b1, a2, b2])])
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_draws_the_same_mask_in_backward():

@@ -1,0 +1,188 @@
+"""Controls, behaviour and conclusions: on answers that are known, and on a model that can be checked by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import behaviour, conclusions, controls
+from helpers.evaluation import LengthTable, held_out
+from helpers.generation import Prompt, Reply, Sampling
+from helpers.lengths import LENGTHS, label_replies, word_range
+from helpers.profiles import PROFILES
+from helpers.prompts import generation_prompt
+from helpers.qlora import adapter_norms, add_lora
+from helpers.tokens import encode
+from tests.test_evaluation import table
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return held_out(PROFILES["tiny"], 4, reply=3)
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    from helpers.tiny import HOME
+
+    return AutoModelForCausalLM.from_pretrained(HOME, dtype=torch.float32)
+
+
+def test_a_random_adapter_has_every_tensors_norm_and_leaves_no_trace(random_mixtral):
+    model = add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, router=False)
+    with pytest.raises(ZeroDivisionError), controls.random_adapter(model):
+        raise ZeroDivisionError  # whatever happens inside
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.3)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    norms = adapter_norms(model)
+    with controls.random_adapter(model, seed=1):
+        inside = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for name, norm in adapter_norms(model).items():
+            assert norm == pytest.approx(norms[name], rel=1e-4)
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n])
+        same = torch.equal(inside[n], before[n])
+        assert same != (".lora_" in n), n
+        if ".lora_" in n and p.numel() > 500:
+            cosine = torch.nn.functional.cosine_similarity(inside[n].flatten(), before[n].flatten(), 0)
+            assert abs(cosine) < 6 / math.sqrt(p.numel()), "independent of what was learned"
+    with pytest.raises(ValueError, match="no LoRA adapter"), controls.random_adapter(model.get_base_model().lm_head):
+        pass
+
+
+def test_shuffled_labels_keep_every_count_and_tell_nothing():
+    from helpers.data import labelled_stories
+
+    labelled = labelled_stories(dataclasses.replace(PROFILES["tiny"], stories="generated:300"))
+    shuffled = controls.shuffled_labels(labelled)
+    assert [s for s, _ in shuffled] == [s for s, _ in labelled]
+    flat = [[x for _, labels in part for x in labels] for part in (labelled, shuffled)]
+    assert Counter(flat[0]) == Counter(flat[1]) and flat[0] != flat[1]
+    assert shuffled == controls.shuffled_labels(labelled) != controls.shuffled_labels(labelled, seed=1)
+    pairs = [(label, m.text) for s, labels in shuffled for label, m in zip(labels, s.replies, strict=True) if label]
+    rho = conclusions.stats.spearman([LENGTHS.index(a) for a, _ in pairs], [len(t.split()) for _, t in pairs])
+    assert abs(rho) < 4 / math.sqrt(len(pairs))
+
+
+class Obedient:
+    """Answers a prompt with as many words as its modifier's class begins with: behaviour must report just that."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.asked = tokenizer, []
+
+    def ask(self, prompts):
+        self.asked += prompts
+        replies = []
+        for p in prompts:
+            last = self.tokenizer.decode(p.ids, skip_special_tokens=True).rpartition("### Response:")[2]
+            name = next((n for n in LENGTHS if f"= {n})" in last), None)
+            replies.append(Reply(" ".join(["word"] * (word_range(name)[0] if name else 30)), 3, "eos"))
+        return replies
+
+
+def test_a_change_in_mid_conversation_asks_with_the_models_own_first_reply(stories, tokenizer):
+    obedient = Obedient(tokenizer)
+    rows = behaviour.change_of_length(obedient, stories)
+    assert len(rows) == 4 * 2 * 3
+    assert {(r["first"], r["before"]) for r in rows} == {(a, word_range(a)[0]) for a in ("tiny", "enormous")}
+    for r in rows:
+        assert r["words"] == word_range(r["then"])[0]
+    text = tokenizer.decode(obedient.asked[-1].ids, skip_special_tokens=True)
+    assert "(length = enormous)" in text and "word word word" in text and text.endswith(f"{stories[-1].names.character}:")
+    said = stories[-1].replies[0].text
+    assert said not in text, "the story's own reply was replaced"
+    means = behaviour.mean_by(rows, "first", "then")
+    assert [m["mean"] for m in means[:3]] == [5, 14, 100] and means[0]["low"] == means[0]["high"] == 5
+    follows, ignores = conclusions.about_changes(rows, LENGTHS)
+    assert follows.reached and ignores.reached and float(ignores.measured) == 0
+
+
+def test_carry_over_changes_nothing_but_old_modifiers(stories, tokenizer):
+    obedient = Obedient(tokenizer)
+    rows = behaviour.carry_over(obedient, stories[:1], asked=("medium",))
+    texts = [tokenizer.decode(p.ids, skip_special_tokens=True) for p in obedient.asked]
+    assert [r["history"] for r in rows] == ["their own", "none", "all tiny", "all enormous"]
+    assert [t.count("(length = tiny)") for t in texts[1:]] == [0, 3, 0] and texts[3].count("(length = enormous)") == 3
+    bare = {t.replace(" (length = tiny)", "").replace(" (length = enormous)", "") for t in texts[1:]}
+    assert bare == {generation_prompt(stories[0].before_reply(3), "medium")}
+
+
+def test_unknown_modifiers_reach_the_header(stories, tokenizer):
+    obedient = Obedient(tokenizer)
+    rows = behaviour.unknown_modifiers(obedient, stories[:1], words=("gigantic",))
+    text = tokenizer.decode(obedient.asked[0].ids, skip_special_tokens=True)
+    char = stories[0].names.character
+    assert text == generation_prompt(stories[0].before_reply(0), "medium").replace("= medium", "= gigantic")
+    assert text.endswith(f"### Response: (length = gigantic)\n{char}:") and rows[0]["words"] == 30
+
+
+def test_an_asker_asks_the_model(tiny_model, tokenizer, stories, tmp_path):
+    asker = behaviour.Asker(tiny_model, tokenizer, Sampling(max_new_tokens=3), folder=tmp_path)
+    replies = asker.ask([Prompt.of(stories[0].before_reply(0), tokenizer, "micro")])
+    assert len(replies) == 1 and list(tmp_path.iterdir())
+
+
+def test_perplexity_is_the_models_own_loss_on_one_reply(tiny_model, tokenizer, stories):
+    """Against the loss that transformers computes from labels, reply by reply, and with the modifiers in place."""
+    story = dataclasses.replace(stories[0], messages=stories[0].messages[:2])
+    (row,) = behaviour.reply_perplexity(tiny_model, tokenizer, [story])
+    for kind, lengths in (("with", label_replies(story, omit=0.0)), ("without", None)):
+        sample = encode(story, tokenizer, lengths)
+        with torch.no_grad():
+            loss = tiny_model(input_ids=torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels])).loss.item()
+        assert row[kind] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert row["replies"] == 1 and row["tokens"] == sample.trained and row["with"] != row["without"]
+    rows = behaviour.reply_perplexity(tiny_model, tokenizer, stories)
+    assert sum(r["replies"] for r in rows) == sum(len(s.replies) for s in stories)
+
+
+def test_texts_are_counted_by_how_they_end_and_whom_they_name(stories):
+    char, user = stories[0].names
+    stranger = next(n for n in sorted(behaviour.known_names(stories)) if n not in stories[0].names)
+    said = [
+        dict(text=f"{char} waits.", stopped_at=None, end="eos"),
+        dict(text=f"{stranger} waits for {user}.", stopped_at=f"\n{user}:", end="stop"),
+        dict(text="go go go go go go go go go go go go", stopped_at="\n### Response", end="stop"),
+        dict(text="", stopped_at="\n### Input", end="stop"),
+    ]
+    rows = [{"condition": "tiny", "story": 0, "words": len(r["text"].split()), "tokens": 1, **r} for r in said]
+    (row,) = behaviour.text_report(LengthTable("x", rows, [1], {}, 0), stories, behaviour.known_names(stories))
+    assert (row["speaks for the user"], row["new header"], row["empty"], row["loops"]) == (0.5, 0.5, 0.25, 0.25)
+    assert (row["too short"], row["too long"]) == (0.75, 0.25)
+    assert (row["with names"], row["right names"]) == (0.5, 0.5)
+    assert behaviour.names_in("Annes and anne, Anne's", {"Anne"}) == {"Anne"}
+
+
+def test_verbosity_goes_by_the_persona():
+    stories = held_out(PROFILES["tiny"], 30)
+    kinds = [behaviour.talkativeness(s) for s in stories]
+    assert set(kinds) == set(behaviour.TALKATIVE)
+    fake = table(lambda c, i: {"quiet": 5, "easy": 10, "talkative": 40}[kinds[i]], n=30)
+    rows = behaviour.verbosity(fake, stories)
+    assert [(r["persona"], r["mean"]) for r in rows] == [("quiet", 5), ("easy", 10), ("talkative", 40)]
+    assert rows[0]["n"] == kinds.count("quiet") and rows[0]["their own"] == 10
+
+
+def test_conclusions_say_no_when_it_is_no():
+    perfect = table(lambda c, i: word_range(c)[0] + i % 2 if c else 10)
+    flat = table(lambda c, i: 3 + i)
+    assert all(c.reached for c in conclusions.about_adapter(perfect))
+    refused = conclusions.about_adapter(flat)
+    assert [c.reached for c in refused] == [False] * 5 + [True]
+    assert all(c.reached for c in conclusions.about_control(flat, perfect))
+    assert not any(c.reached for c in conclusions.about_control(perfect, flat))
+    natural, order = conclusions.about_no_modifier(perfect, [{"persona": "a", "mean": 1}, {"persona": "b", "mean": 1}])
+    assert natural.reached and not order.reached
+    assert not conclusions.about_no_modifier(table(lambda c, i: 40))[0].reached
+    (names,) = conclusions.about_names([{"with names": 0.9, "right names": 0.9}, {"with names": 0.1, "right names": None}])
+    assert not names.reached and names.measured == "90.0%"
+    text = conclusions.render(refused)
+    assert "1 of 6 goals reached" in text and text.startswith("NO ")

@@ -113,43 +113,21 @@ def _train(options) -> int:
     return 0
 
 
-def _load(run_dir: Path):
-    from transformers import AutoTokenizer
-
-    from helpers.qlora import load_lora
-    from helpers.quantization import load_4bit
-    from helpers.training import load_result, profile_of
-
-    result = load_result(run_dir)
-    profile = profile_of(run_dir)
-    model = load_lora(load_4bit(profile.base_path, dtype=profile.dtype), result.adapter)
-    return profile, model, AutoTokenizer.from_pretrained(result.adapter)
-
-
 def _evaluate(options) -> int:
     from helpers import environment
-    from helpers.evaluation import held_out, measure_length_control
-    from helpers.generation import Sampling, print_progress
 
     environment.quiet()
-    profile, model, tokenizer = _load(options.run)
-    stories = held_out(profile, options.conversations, options.reply)
+    from helpers.evaluation import size_of
+    from helpers.experiment import evaluate_run
+    from helpers.generation import Sampling, print_progress
+    from helpers.training import profile_of
+
+    size = size_of(profile_of(options.run))
+    changes = {k: v for k in ("conversations", "samples", "batch_size") if (v := getattr(options, k)) is not None}
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
-
-    for label in ("adapter", "base"):
-        with model.disable_adapter() if label == "base" else _nothing():
-            table = measure_length_control(
-                model, tokenizer, stories, sampling, options.reply, label=label, progress=print_progress
-            )
-        print(table)
-        table.save(options.run / "evaluation" / f"{label}-reply{options.reply}.json")
+    size = dataclasses.replace(size, **changes)
+    evaluate_run(options.run, size, sampling, options.controls, print_progress)
     return 0
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _share(options) -> int:
@@ -202,8 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     evaluate = commands.add_parser("evaluate", help="measure length control of a finished run, and of its base")
     evaluate.add_argument("run", type=Path)
-    evaluate.add_argument("--conversations", type=int, default=40)
-    evaluate.add_argument("--reply", type=int, default=0, help="which reply of the conversation; 0 = the first")
+    evaluate.add_argument("--conversations", type=int, help="held-out conversations (default: by profile)")
+    evaluate.add_argument("--samples", type=int, help="replies a conversation and length (default: by profile)")
+    evaluate.add_argument("--batch-size", type=int, help="rows that are sampled at once (default: by profile)")
+    evaluate.add_argument("--controls", action="store_true", help="also train and measure an adapter on shuffled labels")
     evaluate.add_argument("--temperature", type=float, default=0.8)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run_command=_evaluate)

@@ -35,7 +35,9 @@ test: $(VENV)/.installed ## style, tests and notebooks on the tiny profile, offl
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 tests
-	$(RUN) pytest --nbmake --nbmake-timeout=1800 --durations=10 notebooks
+	rm -rf build/tested && mkdir -p build && cp -R notebooks build/tested
+	$(RUN) pytest --nbmake --overwrite --nbmake-timeout=1800 --durations=10 build/tested
+	$(RUN) helpers compare build/tested
 
 test-fast: $(VENV)/.installed ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 -m "not slow" tests

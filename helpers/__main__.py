@@ -1,4 +1,4 @@
-"""`python -m helpers doctor | course | stamp | stories | train | evaluate | share`: the notebooks' functions, for long runs."""
+"""`python -m helpers COMMAND`: the functions of the notebooks for long runs, and the upkeep of the course."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def _course(options) -> int:
 
     run_course(in_place=options.in_place, only=options.only)
     return 0
+
+
+def _compare(options) -> int:
+    from helpers.outputs import compare
+
+    found = compare(options.folder)
+    print("\n".join(found) or "the committed outputs are what the notebooks print")
+    return 1 if found else 0
 
 
 def _stamp(options) -> int:
@@ -150,6 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
     course.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ as well")
     course.add_argument("--only", nargs="*", help="parts of notebook names")
     course.set_defaults(run_command=_course)
+
+    compare = commands.add_parser("compare", help="do the committed outputs still hold? (`make test` asks)")
+    compare.add_argument("folder", help="notebooks of the same names that were run")
+    compare.set_defaults(run_command=_compare)
 
     stamp = commands.add_parser("stamp", help="after a fork: write the repository's address into badges and set-up cells")
     stamp.add_argument("url", nargs="?", help="https://github.com/you/moe-course; without it, the present one again")

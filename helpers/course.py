@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -49,27 +52,60 @@ def execute(path: Path, timeout: int = 3600):
     return notebook
 
 
+class PeakMemory:
+    """Largest memory of this process's children together, in bytes, looked at twice a second while the block runs."""
+
+    def __enter__(self):
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._done.wait(0.5):
+            total = 0
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.Error:  # it ended in this moment
+                    continue
+            self.bytes = max(self.bytes, total)
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+
 def run_course(in_place: bool = False, only: list[str] | None = None) -> Path:
     """Execute the notebooks; returns the site's first page. `in_place` writes the outputs back into `notebooks/` as well."""
     import nbformat
 
-    from helpers import site
+    from helpers import environment, profiles, site
 
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
-    executed, started = {}, time.monotonic()
+    executed, measured, started = {}, {}, time.monotonic()
     for name in NOTEBOOKS:
         path = ROOT / "notebooks" / f"{name}.ipynb"
         if only and not any(o in name for o in only):
             continue
         print(f"{name} …", end=" ", flush=True)
         begun = time.monotonic()
-        notebook = execute(path)
+        with PeakMemory() as peak:
+            notebook = execute(path)
         nbformat.write(notebook, build / path.name)
         if in_place:
             nbformat.write(notebook, path)
         executed[name] = notebook
-        print(f"{time.monotonic() - begun:.0f} s", flush=True)
+        measured[name] = {"seconds": round(time.monotonic() - begun, 1), "memory_gib": round(peak.bytes / 2**30, 2)}
+        print(f"{measured[name]['seconds']:.0f} s, {measured[name]['memory_gib']:.1f} GiB", flush=True)
+    if len(executed) == len(NOTEBOOKS):
+        facts = {"notebooks": measured, "profile": profiles.choose()[0].name, "date": f"{datetime.date.today()}"}
+        facts |= {"hardware": environment.hardware(), "versions": environment.versions()}
+        (build / "course.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     page = site.build(executed, build)
     print(f"done in {(time.monotonic() - started) / 60:.1f} minutes: open {page.relative_to(ROOT)}")
     return page

@@ -1,0 +1,144 @@
+"""Length control of the tiny profile: three seeds, controls that must not show it, ablations.
+
+python benchmarks/length_control.py FOLDER                 trains what FOLDER lacks and measures it (about 10 minutes a variant)
+python benchmarks/length_control.py FOLDER --only shuffled one of them; results of the others are kept
+
+Everything continues where it was interrupted. Results: benchmarks/results/length-control-tiny.json, from which notebook 5 and
+the pictures take what a reader has no time to train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "length-control-tiny.json"
+
+# name → (what is changed in the profile, anything else that is changed, what it is for)
+VARIANTS = {
+    "seed 42": ({}, None, "the course's own run"),
+    "seed 43": ({"seed": 43}, None, "another seed: other stories, other adapter"),
+    "seed 44": ({"seed": 44}, None, "another seed: other stories, other adapter"),
+    "shuffled labels": ({}, "shuffled", "control: modifiers dealt out at random"),
+    "loss on everything": ({}, "all", "ablation: every token trained, as the card family does"),
+    "no z-loss": ({"z_coef": 0.0}, None, "ablation: router z-loss coefficient 0 instead of 1e-3"),
+    "attention only": ({"lora_experts": False}, None, "ablation: no LoRA on the experts"),
+}
+FULL = ("seed 42", "seed 43", "seed 44")  # measured with all samples; the others once a conversation
+
+
+def train(name: str, folder: Path) -> Path:
+    from helpers import data, training
+    from helpers.controls import shuffled_labels
+    from helpers.profiles import PROFILES
+
+    changes, special, _ = VARIANTS[name]
+    profile = dataclasses.replace(PROFILES["tiny"], **changes)
+    run = folder / name.replace(" ", "-")
+    if (run / "result.json").exists():
+        return run
+    labelled = shuffled_labels(data.labelled_stories(profile), profile.seed) if special == "shuffled" else None
+    # the course itself has no use for a loss on everything, so only this script puts one in
+    build = functools.partial(data.build_corpus, loss="all" if special == "all" else "replies")
+    with mock.patch.object(training, "build_corpus", build):
+        training.train(profile, labelled, run)
+    return run
+
+
+def measure(name: str, run: Path) -> dict:
+    from helpers.evaluation import DEEP, FIRST, held_out, measure_length_control, size_of
+    from helpers.experiment import evaluate_run, load_run
+    from helpers.generation import Sampling, print_progress
+    from helpers.training import load_result
+
+    facts = load_result(run).facts
+    began = time.monotonic()
+    extra: dict = {}
+    if name == "seed 42":
+        extra = evaluate_run(run, progress=print_progress)
+        extra["texts to read"] = texts_to_read(run)
+        extra["controls"] = {p.stem: compact(p) for p in sorted((run / "evaluation").glob("[3-9]-*.json"))}
+        tables = {
+            "first": compact(run / "evaluation" / "1-adapter.json"),
+            "deep": compact(run / "evaluation" / "2-adapter-deep.json"),
+        }
+    else:
+        profile, model, tokenizer = load_run(run)
+        size = size_of(profile)
+        settings = dict(batch_size=size.batch_size, progress=print_progress, folder=run / "evaluation" / "replies", label=name)
+        tables = {}
+        for place, reply in (("first", FIRST), ("deep", DEEP)):
+            stories = held_out(profile, size.conversations, reply)
+            samples = size.samples if name in FULL else 1
+            table = measure_length_control(model, tokenizer, stories, reply=reply, samples=samples, **settings)
+            print(table)
+            tables[place] = table.compact()
+            if place == "first":
+                warm = Sampling(temperature=1.0)
+                free = measure_length_control(model, tokenizer, stories, warm, samples=samples, conditions=(None,), **settings)
+                extra = {"temperature 1.0": free.unasked}
+    return {
+        "what": VARIANTS[name][2],
+        "tables": tables,
+        **extra,
+        "seconds": {"training": round(facts["seconds"]), "evaluation": round(time.monotonic() - began)},
+        "steps": facts["steps"],
+    }
+
+
+def compact(path: Path) -> dict:
+    from helpers.evaluation import LengthTable
+
+    return LengthTable.load(path).compact()
+
+
+def texts_to_read(run: Path, conversations: int = 4, samples: int = 2) -> list[dict]:
+    """Replies with their texts, for the explorer: a few conversations under every length."""
+    from helpers.evaluation import LengthTable, held_out
+    from helpers.profiles import PROFILES
+
+    table = LengthTable.load(run / "evaluation" / "1-adapter.json")
+    stories = held_out(PROFILES["tiny"], conversations)
+    said = [s.before_reply(0).messages[-1].text for s in stories]
+    keys = ("condition", "story", "sample", "words", "end", "text")
+    chosen = [r for r in table.replies if r["story"] < conversations and r["sample"] < samples]
+    return [
+        {"names": list(s.names), "persona": s.personas.character, "scenario": s.scenario, "said": said[i],
+         "replies": [{k: r[k] for k in keys} for r in chosen if r["story"] == i]}
+        for i, s in enumerate(stories)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    from helpers import environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the runs are, or will be")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    options = parser.parse_args()
+    environment.quiet()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"variants": {}}
+    for name in options.only:
+        print(f"--- {name}", flush=True)
+        results["variants"][name] = measure(name, train(name, options.folder))
+        results["variants"] = {n: results["variants"][n] for n in VARIANTS if n in results["variants"]}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        results |= {"hardware": environment.hardware(), "versions": environment.versions(), "commit": commit}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, separators=(",", ":")) + "\n"
+        partial = RESULTS.with_name(RESULTS.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A conversation with a character: say something, ask for a length, change it whenever you like. Plain class, no widget."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+
+from helpers.generation import Prompt, Sampling, stream_reply
+from helpers.lengths import count_words, rank
+from helpers.schema import Message, Story
+from helpers.stories import clean
+
+SILENCE = "..."  # stands for a reply without a word, which the format cannot hold
+
+
+class Chat:
+    """Keeps the story so far and the modifier of each reply; the setting (names, personas, scenario) is a story's.
+
+    The oldest turns are left out of the prompt, never out of the transcript, when the context is full; `left_out` counts them.
+    """
+
+    def __init__(self, model, tokenizer, setting: Story, sampling: Sampling | None = None):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling or Sampling()
+        self.story = dataclasses.replace(setting, messages=())
+        self.lengths: list[str | None] = []
+        self.left_out = 0
+        self.tries = 0
+
+    def say(self, text: str, length: str | None = None) -> Iterator[str]:
+        """Pieces of the reply as they are made. What was received is kept, even if you stop listening half-way.
+
+        Raises ValueError (StoryError) for an unknown length or a text that the format cannot hold, before anything is changed.
+        """
+        if length is not None:
+            rank(length)
+        said = dataclasses.replace(self.story, messages=(*self.story.messages, Message("user", clean(text))))
+        return self._reply(said, length)
+
+    def again(self) -> Iterator[str]:
+        """Another reply to the last message, at the same length. Raises ValueError before the first one."""
+        if not self.lengths:
+            raise ValueError("nothing has been said yet: use say(text) first")
+        length = self.lengths.pop()
+        self.story = dataclasses.replace(self.story, messages=self.story.messages[:-1])
+        self.tries += 1
+        return self._reply(self.story, length, self.tries)
+
+    def _reply(self, story: Story, length: str | None, sample: int = 0) -> Iterator[str]:
+        prompt = self._prompt(story, length, sample)
+        self.tries = sample
+        received: list[str] = []
+
+        def pieces() -> Iterator[str]:
+            try:
+                for piece in stream_reply(self.model, self.tokenizer, prompt, self.sampling):
+                    received.append(piece)
+                    yield piece
+            finally:
+                text = clean("".join(received)) or SILENCE
+                self.story = dataclasses.replace(story, messages=(*story.messages, Message("character", text)))
+                self.lengths.append(length)
+
+        return pieces()
+
+    def _prompt(self, story: Story, length: str | None, sample: int) -> Prompt:
+        context = self.model.config.max_position_embeddings
+        room = context - min(self.sampling.max_new_tokens, context // 2)
+        for dropped in range(0, len(story.messages), 2):
+            short = dataclasses.replace(story, messages=story.messages[dropped:])
+            prompt = Prompt.of(short, self.tokenizer, length, self.lengths[dropped // 2 :], sample)
+            if len(prompt.ids) <= room:
+                break
+        else:
+            raise ValueError(f"this message alone needs {len(prompt.ids)} tokens and the context has {context}: shorten it")
+        self.left_out = dropped
+        return prompt
+
+    def transcript(self, width: int = 100) -> str:
+        """The conversation as text; each reply with the length that was asked for and the words that came."""
+        lines, lengths = [], iter(self.lengths)
+        for m in self.story.messages:
+            name = self.story.name_of(m.speaker)
+            if m.speaker == "character":
+                asked = next(lengths)
+                name += f" ({f'length = {asked}, ' if asked else ''}{count_words(m.text)} words)"
+            lines += [f"{name}:"]
+            for paragraph in m.text.split("\n"):
+                lines += textwrap.wrap(paragraph, width, initial_indent="    ", subsequent_indent="    ")
+        return "\n".join(lines) or "(nothing has been said yet)"
+
+    def introduction(self, width: int = 100) -> str:
+        """Who the character is, and the scene."""
+        persona, scenario = self.story.personas.character, self.story.scenario
+        return "\n".join(textwrap.wrap(persona, width) + textwrap.wrap(scenario, width))
+
+
+def talk(chat: Chat, text: str, length: str | None = None) -> str:
+    """`say`, waited for: the whole reply."""
+    return "".join(chat.say(text, length))

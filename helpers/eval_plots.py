@@ -1,0 +1,148 @@
+"""Figures of the length experiment (notebook 5). They take length tables and rows, never models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from helpers.length_stats import word_class
+from helpers.lengths import LENGTHS, word_range
+from helpers.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, finish, new_figure
+
+if TYPE_CHECKING:
+    from helpers.evaluation import LengthTable
+
+LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
+TICKS = (1, 3, 10, 30, 100, 300)
+
+
+def _word_axis(axes, conditions: Sequence[str | None]) -> None:
+    """A logarithmic axis of words, a column for each condition, the classes' own ranges shaded."""
+    for x, name in enumerate(conditions):
+        if name in LENGTHS:
+            low, high = word_range(name)
+            axes.fill_between([x - 0.46, x + 0.46], low - 0.5, (high or 320) + 0.5, color="#dddddd", zorder=0, lw=0)
+    axes.set(yscale="log", ylabel="words in the reply (log scale)", xticks=range(len(conditions)), ylim=(0.6, 420))
+    axes.set_xticklabels([c or "(none)" for c in conditions], rotation=20, ha="right")
+    axes.set_yticks(TICKS, [str(t) for t in TICKS])
+    axes.set_yticks([], minor=True)
+    axes.grid(False, axis="x")
+
+
+def plot_lengths(table: LengthTable) -> Figure:
+    """Every reply as a dot, quartiles as a box, the mean with its 95 % interval; shaded: what each class means."""
+    figure, axes = new_figure(11, 4.6)
+    conditions = table.conditions
+    _word_axis(axes, conditions)
+    for x, (c, row) in enumerate(zip(conditions, table.rows, strict=True)):
+        chosen = table.of(c)
+        places = [x - 0.22 + 0.3 * ((i * 0.618) % 1 - 0.5) for i in range(len(chosen))]
+        for end, marker, colour in (("eos", "o", BLUE), ("stop", "o", PURPLE), ("limit", "^", RED)):
+            dots = [(p, max(r["words"], 0.7)) for p, r in zip(places, chosen, strict=True) if r["end"] == end]
+            if dots:
+                axes.plot(*zip(*dots, strict=True), marker, color=colour, ms=2.6, alpha=0.35, mew=0)
+        axes.fill_between([x + 0.04, x + 0.2], max(row["q25"], 0.7), row["q75"], facecolor=SKY, edgecolor=BLUE, lw=1)
+        if row["median"] is not None:
+            axes.plot([x + 0.04, x + 0.2], [row["median"]] * 2, color=BLACK, lw=2)
+        spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        axes.errorbar(x + 0.32, row["mean"], spread, fmt="D", color=ORANGE, mec=BLACK, ms=5, capsize=3, ecolor=BLACK)
+    natural = sorted(table.natural)
+    if natural:
+        middle = natural[len(natural) // 2]
+        axes.axhline(middle, color=BLACK, ls=":", lw=1)
+        axes.text(-0.45, middle * 1.05, "median of people's own replies", fontsize=8, va="bottom")
+    axes.set_title(
+        f"{table.label}, reply {table.reply + 1}: dots replies, boxes quartiles with median, diamonds means with 95 % interval"
+    )
+    means = ", ".join(f"{r['length']} {r['mean']:.0f}" for r in table.rows)
+    return finish(figure, f"Words of single replies by the length asked for, on a log axis. Means: {means}.")
+
+
+def plot_class_matrix(table: LengthTable) -> Figure:
+    """Share of replies of each asked class (rows) that fell into each class (columns)."""
+    asked = [c for c in LENGTHS if c in table.conditions]
+    shares = []
+    for c in asked:
+        got = [word_class(w) for w in table.words(c)]
+        shares.append([got.count(k) / len(got) for k in range(len(LENGTHS))])
+    figure, axes = new_figure(7.4, 4.4)
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(shares):
+        for x, value in enumerate(row):
+            if value >= 0.05:
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else BLACK)
+    axes.set(xlabel="class of the reply", ylabel="class asked for", xticks=range(10), yticks=range(len(asked)))
+    axes.set_yticklabels(asked)
+    axes.set_xticklabels(LENGTHS, rotation=45, ha="right")
+    axes.set_title(f"{table.label}: asked and obtained")
+    axes.grid(False)
+    figure.colorbar(image, ax=axes, label="share of replies", format=lambda v, _: f"{v:.0%}")
+    return finish(
+        figure, f"Heat map of asked against obtained class, {table.label}: {table.statistics['in_class']:.0%} on the diagonal."
+    )
+
+
+def plot_side_by_side(tables: Sequence[LengthTable], title: str = "Early and deep in the conversation") -> Figure:
+    """Mean words with 95 % intervals by asked length, one colour and marker a table."""
+    figure, axes = new_figure(10, 4.0)
+    conditions = tables[0].conditions
+    _word_axis(axes, conditions)
+    width = 0.7 / len(tables)
+    for k, (table, (colour, marker)) in enumerate(zip(tables, LOOKS, strict=False)):
+        xs = [x + (k - (len(tables) - 1) / 2) * width for x in range(len(conditions))]
+        rows = [next((r for r in table.rows if r["length"] == (c or "(none)")), None) for c in conditions]
+        points = [(x, r) for x, r in zip(xs, rows, strict=True) if r]
+        means = [max(r["mean"], 0.7) for _, r in points]
+        spread = [[r["mean"] - r["low"] for _, r in points], [r["high"] - r["mean"] for _, r in points]]
+        axes.errorbar(
+            [x for x, _ in points],
+            means,
+            spread,
+            fmt=marker,
+            color=colour,
+            ms=6,
+            mec=BLACK,
+            mew=0.5,
+            capsize=2,
+            label=table.label,
+        )
+    axes.set_title(f"{title}: mean words with 95 % intervals; shaded: the classes' ranges")
+    axes.legend(fontsize=8, loc="upper left")
+    text = "; ".join(f"{t.label} {t.statistics['spearman']:+.2f}" for t in tables)
+    return finish(figure, f"Mean words by asked length with intervals. Spearman over single replies: {text}.")
+
+
+def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figure:
+    """The effect size of each table: Spearman over single replies with its 95 % interval; the band is what a control may show."""
+    figure, axes = new_figure(8.5, 0.9 + 0.36 * len(tables))
+    axes.axvspan(-limit, limit, color="#dddddd", lw=0, label=f"|Spearman| up to {limit}")
+    for y, (name, table) in enumerate(tables.items()):
+        s = table.statistics
+        clear = s["spearman_low"] > limit
+        spread = [[s["spearman"] - s["spearman_low"]], [s["spearman_high"] - s["spearman"]]]
+        axes.errorbar(s["spearman"], y, xerr=spread, fmt="o" if clear else "s", color=BLUE if clear else ORANGE, capsize=3)
+        axes.text(1.04, y, f"{s['spearman']:+.2f}   {s['within_one']:.0%} within one", va="center", fontsize=9)
+        assert not math.isnan(s["spearman"]), name
+    axes.set(
+        yticks=range(len(tables)), yticklabels=list(tables), xlim=(-0.3, 1.0), xlabel="Spearman: asked class and words of a reply"
+    )
+    axes.set_ylim(len(tables) - 0.5, -0.5)
+    axes.legend(loc="lower right", fontsize=8, frameon=True)
+    axes.set_title("Effect of the modifier on single replies, with 95 % intervals over conversations")
+    text = "; ".join(f"{n} {t.statistics['spearman']:+.2f}" for n, t in tables.items())
+    return finish(figure, f"Spearman correlations with intervals. {text}.")
+
+
+def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity of people's own replies by class, with their modifiers and without."""
+    figure, axes = new_figure(8.5, 3.2)
+    for kind, (colour, marker) in zip(("without", "with"), (LOOKS[1], LOOKS[0]), strict=True):
+        axes.plot([r[kind] for r in rows], marker + "-", color=colour, label=f"{kind} the right modifier")
+    axes.set_xticks(range(len(rows)), [f"{r['length']}\n{r['replies']} replies" for r in rows], fontsize=8)
+    axes.set(ylabel="perplexity a token", title="The modifier tells the model something: held-out replies become likelier")
+    axes.legend()
+    gains = ", ".join(f"{r['length']} {r['without']:.2f} to {r['with']:.2f}" for r in rows)
+    return finish(figure, f"Perplexity of held-out replies without and with their modifier: {gains}.")

@@ -1,0 +1,57 @@
+"""The figures show the numbers of the tables, and say them in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers import eval_plots
+from helpers.lengths import LENGTHS, word_range
+from tests.test_evaluation import table
+
+
+@pytest.fixture(scope="module")
+def tables():
+    climbing = table(lambda c, i: word_range(c)[0] + i if c else 17)
+    climbing.replies[0]["end"] = "limit"
+    return climbing, table(lambda c, i: 5 + i)
+
+
+def points(axes):
+    return [tuple(p) for line in axes.lines for p in line.get_xydata()]
+
+
+def test_lengths_shows_every_reply_and_the_ranges(tables):
+    figure = eval_plots.plot_lengths(tables[0])
+    (axes,) = figure.axes
+    dots = [line for line in axes.lines if line.get_markersize() == 2.6]
+    assert sum(len(line.get_xydata()) for line in dots) == len(tables[0].replies)
+    assert axes.get_yscale() == "log" and "micro 10" in figure.alt
+    cut = [line for line in dots if line.get_marker() == "^"]
+    assert sum(len(line.get_xydata()) for line in cut) == 1, "a reply that was cut off has its own mark"
+
+
+def test_the_matrix_holds_shares(tables):
+    figure = eval_plots.plot_class_matrix(tables[0])
+    image = figure.axes[0].images[0].get_array()
+    assert image.shape == (10, 10) and list(image.sum(axis=1)) == pytest.approx([1] * 10)
+    hit = sum(word_range("long")[0] + i <= word_range("long")[1] for i in range(20)) / 20
+    assert image[LENGTHS.index("long")][LENGTHS.index("long")] == pytest.approx(hit)
+
+
+def test_effects_separates_controls_by_shape_and_colour(tables):
+    figure = eval_plots.plot_effects({"adapter": tables[0], "control": tables[1]})
+    markers = [line.get_marker() for line in figure.axes[0].lines if line.get_marker() in "os"]
+    assert markers == ["o", "s"] and "control +0.00" in figure.alt
+
+
+def test_side_by_side_and_perplexity_draw_each_mean(tables):
+    figure = eval_plots.plot_side_by_side(tables)
+    heights = {round(y, 6) for _, y in points(figure.axes[0])}
+    for t in tables:
+        assert {round(r["mean"], 6) for r in t.rows} <= heights
+    rows = [
+        {"length": "micro", "replies": 3, "with": 2.0, "without": 3.0},
+        {"length": "tiny", "replies": 2, "with": 2.5, "without": 2.6},
+    ]
+    figure = eval_plots.plot_perplexity(rows)
+    assert {y for _, y in points(figure.axes[0])} == {2.0, 3.0, 2.5, 2.6} and "micro 3.00 to 2.00" in figure.alt

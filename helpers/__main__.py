@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def _write_lines(file: Path, rows, dumps) -> None:
     print(file)
 
 
+def _budget(options) -> int:
+    from helpers.profiles import choose
+
+    profile, why = choose(options.profile)
+    from helpers import budget, environment
+
+    environment.quiet()
+    print(f"profile {profile.name} ({why})")
+    model = budget.of_profile(profile)
+    changes = {"micro_batch": options.micro_batch, "context": options.context, "checkpointing": options.checkpointing}
+    print(budget.estimate(profile, **changes))
+    for gpu, gib in budget.GPUS.items():
+        found = budget.suggest(model, gib, checkpointing=True if options.checkpointing is None else options.checkpointing)
+        print(f"{gpu:<8} at most " + ("nothing of this model" if found is None else f"{found[0]} x {found[1]:,} tokens"))
+    return 0
+
+
 def _train(options) -> int:
     from helpers.profiles import choose
 
@@ -102,22 +120,25 @@ def _train(options) -> int:
     from helpers.stories import load_stories
 
     environment.quiet()
-    changes = {k: v for k in ("max_steps", "seed", "z_coef", "base") if (v := getattr(options, k)) is not None}
-    profile = dataclasses.replace(profile, **changes)
-    print(f"profile {profile.name} ({why}), base {profile.base}")
+    changed = ("max_steps", "seed", "z_coef", "base", "micro_batch", "accumulation")
+    profile = dataclasses.replace(profile, **{k: v for k in changed if (v := getattr(options, k)) is not None})
+    say = print if os.environ.get("RANK", "0") == "0" else lambda _text: None  # of several processes, one speaks
+    say(f"profile {profile.name} ({why}), base {profile.base}")
     for reason in profile.reasons:
-        print(f"  - {reason}")
+        say(f"  - {reason}")
     stories = None
     if options.stories:
         problems = [] if options.skip_bad_stories else None
         stories = load_stories(options.stories, problems)
         for problem in problems or ():
             print(f"left out: {problem}", file=sys.stderr)
-    result = training.train(profile, stories, options.output, resume=not options.no_resume)
+    result = training.train(
+        profile, stories, options.output, resume=not options.no_resume, log_every=options.log_every, shrink=options.shrink
+    )
     if not result.finished:
-        print(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
+        say(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
         return 130
-    print(f"finished after {result.step} steps; adapter in {result.adapter}")
+    say(f"finished after {result.step} steps; adapter in {result.adapter}")
     return 0
 
 
@@ -178,6 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     stories.add_argument("--profile", help="whose omission rate, seed and recipe the exports take")
     stories.set_defaults(run_command=_stories)
 
+    budget = commands.add_parser("budget", help="memory of a training step by part, and what fits which GPU")
+    budget.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits this machine")
+    budget.add_argument("--micro-batch", type=int, help="rows a forward pass; default: the profile's")
+    budget.add_argument("--context", type=int, help="tokens a row; default: the profile's")
+    budget.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
+    budget.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
+    budget.set_defaults(run_command=_budget)
+
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
     train.add_argument("--output", type=Path, required=True, help="run folder; an unfinished run in it is continued")
     train.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits")
@@ -187,6 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--max-steps", type=int)
     train.add_argument("--seed", type=int)
     train.add_argument("--z-coef", type=float)
+    train.add_argument("--micro-batch", type=int, help="rows in one forward pass of one process")
+    train.add_argument("--accumulation", type=int, help="forward passes of a process for one step; halve it for two GPUs")
+    train.add_argument("--log-every", type=int, default=10, help="steps from one row of log.jsonl to the next")
+    train.add_argument("--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, twice")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)
 

@@ -70,22 +70,16 @@ class HeldOutLoss:
                 classes.append(current if t else IGNORED)
             yield sample, classes
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         device = model.get_output_embeddings().weight.device
-        modes = [(module, module.training) for module in model.modules()]
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            model.eval()
+        with losses.evaluation_mode(model):
             for batch, kinds in self.batches:
                 inputs = {k: batch[k].to(device) for k in ("input_ids", "position_ids")}
                 hidden, targets = losses.completion_states(model, inputs, batch["labels"].to(device), model)
                 nats = losses.token_losses(hidden, model.get_output_embeddings().weight, targets)
                 moved = losses.next_tokens(kinds)
                 found.append((nats.cpu(), moved[moved != IGNORED]))
-        finally:
-            for module, mode in modes:
-                module.training = mode
         nats, kinds = (torch.cat(parts) for parts in zip(*found, strict=True))
         by_class = {name: nats[kinds == i] for i, name in enumerate(LENGTHS)}
         result = {"all": nats.mean().item()} | {name: x.mean().item() for name, x in by_class.items() if len(x)}

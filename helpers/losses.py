@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from helpers.tokens import IGNORED
@@ -118,24 +119,38 @@ def completion_states(model: nn.Module, inputs: dict, labels: Tensor, head: nn.M
     targets = next_tokens(labels)
     with head_input(head) as caught:
         model(**inputs, use_cache=False)
-    wanted = targets != IGNORED
-    return caught[0][wanted], targets[wanted]
+    places = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # once: a GPU has to wait for their number
+    return caught[0].flatten(0, 1)[places], targets.flatten()[places]
 
 
-@torch.no_grad()
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; afterwards every module is in the mode in which it was, and can be trained on.
+
+    bitsandbytes' linear layers run in train mode. They have no dropout, and on a CPU with AVX512-BF16 a pass in eval mode would
+    repack their weights for good, into a form whose product has no gradient.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for module, _ in modes:
+            if isinstance(module, Linear4bit):
+                module.training = True
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def plain_head(model: nn.Module) -> bool:
     """Whether logits are `hidden @ weight.T` and nothing else (no bias, cap or scale), tried out on a few tokens."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return False  # quantised, adapted, or trained itself
-    modes = [(module, module.training) for module in model.modules()]
     ids = torch.arange(8, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
-    try:
-        model.eval()
+    with evaluation_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits
         with head_input(model) as caught:
             model(input_ids=ids, use_cache=False)
         return torch.allclose((caught[0] @ head.weight.T).float(), logits.float(), rtol=1e-2, atol=1e-3)
-    finally:
-        for module, mode in modes:
-            module.training = mode

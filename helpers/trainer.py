@@ -156,7 +156,7 @@ class _Guard(TrainerCallback):
             loss = accelerate.utils.reduce(loss, "mean")
             rows = torch.cat(accelerate.utils.gather_object([rows]))
         tokens = trainer.router_losses.window_tokens or 0
-        trainer.run_log.add(loss.item(), tokens, rows.tolist())
+        trainer.run_log.add(loss.item(), tokens, [n for n in rows.tolist() if n >= 0])
 
 
 _ADVICE = "The weights are untouched and the last checkpoint is good: resume with a lower learning rate, or look at those stories"

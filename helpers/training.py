@@ -28,6 +28,7 @@ from helpers.quantization import audit, load_4bit
 from helpers.router_losses import attach_router_losses
 from helpers.run_log import Log, Progress, memory_gib, print_progress, read_log, total_seconds, write_json
 from helpers.stories import Story
+from helpers.tokens import IGNORED
 from helpers.trainer import CourseTrainer, Interruptible, NumberedCollator, StopAfter, arguments
 
 __all__ = [
@@ -266,6 +267,12 @@ class _Run:
             "versions": versions(),
         }
         write_json(self.run_dir / "result.json", facts)
+
+
+def filled(rows: list[dict[str, Any]], multiple: int, pad: int) -> list[dict[str, Any]]:
+    """Rows and, up to the next multiple, rows of one token without loss: or several processes would be given some rows twice."""
+    empty = {"input_ids": [pad], "labels": [IGNORED], "position_ids": [0], "number": -1, "stories": []}
+    return rows + [empty] * (-len(rows) % multiple)
 
 
 def profile_of(run_dir: str | Path) -> Profile:

@@ -11,7 +11,7 @@ from helpers.tiny_stories import labelled_story
 STORIES = [labelled_story(k, max_words=40, max_turns=2) for k in range(60)]
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, **config) -> Path:
     import torch
     from transformers import AutoTokenizer, MixtralForCausalLM
 
@@ -19,7 +19,7 @@ def make_base(folder: Path) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(HOME)
     torch.manual_seed(0)
-    MixtralForCausalLM(tiny_config(len(tokenizer), hidden=64, layers=1, intermediate=64)).save_pretrained(folder)
+    MixtralForCausalLM(tiny_config(len(tokenizer), hidden=64, layers=1, intermediate=64, **config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

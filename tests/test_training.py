@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -54,36 +53,6 @@ def test_a_run_logs_every_step_and_its_router_losses(whole):
         assert row["router/z"] > 0 and row["router/balance"] >= 0.99
         assert len(row["load"]) == 4 and abs(sum(row["load"][0]) - 1) < 1e-2
     assert training.read_log(whole.run_dir) == whole.history
-
-
-def test_warmup_and_cosine_are_the_cards(whole):
-    """Linear warm-up from 0, then half a cosine to 0; the logged rate is the one after the step."""
-    steps, warmup = TINY.max_steps, 2
-    profile = dataclasses.replace(TINY, warmup_steps=warmup)
-    args = training.arguments(profile, whole.run_dir)
-    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    from transformers import get_scheduler
-
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=steps)
-    for step in range(1, steps):
-        optimizer.step()
-        scheduler.step()
-        wanted = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-        assert math.isclose(scheduler.get_last_lr()[0], args.learning_rate * wanted, rel_tol=1e-6)
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path):
-    part = run(tmp_path, stop_after=4)
-    assert not part.finished and part.step == 4
-    with (tmp_path / "log.jsonl").open("a") as file:  # a row that a crash left behind, and half of another
-        file.write(json.dumps({"step": 5, "loss": 99.0}) + "\n" + '{"step": 6, "lo')
-    resumed = run(tmp_path)
-    assert resumed.finished
-    for name, tensor in adapter_of(whole).items():
-        assert torch.equal(tensor, adapter_of(resumed)[name]), name
-    for key in ("step", "loss", "grad_norm", "learning_rate", "router/z", "load"):
-        assert [r[key] for r in resumed.history] == [r[key] for r in whole.history], key
 
 
 def test_time_is_summed_over_sittings():
@@ -171,15 +140,6 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path, monkeypatch
     with pytest.raises(FloatingPointError, match="step"):
         run(tmp_path, broken)
     assert not (tmp_path / "result.json").exists()
-
-
-def test_one_story_is_learned_by_heart(tokenizer, tmp_path):
-    """The whole chain can drive the loss of a single conversation towards zero."""
-    profile = dataclasses.replace(
-        TINY, max_steps=60, learning_rate=1e-2, lora_r=16, lora_alpha=32, micro_batch=1, save_steps=1000
-    )
-    result = training.train(profile, [labelled_story(5, max_words=60)], tmp_path, progress=None, log_every=10)
-    assert result.history[-1]["loss"] < 0.15 * result.history[0]["loss"]
 
 
 def test_profiles_say_what_they_change_and_keep_the_cards_tokens_per_step():

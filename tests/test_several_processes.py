@@ -1,0 +1,73 @@
+"""Several processes make the steps of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.__main__ import main
+from helpers.profiles import ROOT
+from helpers.run_log import read_log
+from helpers.stories import save_stories
+from helpers.tokens import Collator
+from helpers.training import filled
+from tests import small_runs
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_steps_of_one_with_twice_the_accumulation(tmp_path):
+    """`accelerate launch` on two CPU processes (gloo), for one epoch."""
+    base = small_runs.make_base(tmp_path / "base")
+    save_stories([story for story, _ in small_runs.STORIES[:24]], tmp_path / "stories.jsonl")
+    command = ["train", "--profile", "tiny", "--base", str(base), "--stories", str(tmp_path / "stories.jsonl")]
+    command += ["--micro-batch", "1", "--max-steps", "4", "--log-every", "1"]
+    assert main([*command, "--accumulation", "2", "--output", str(tmp_path / "one")]) == 0
+    # The command for GPUs. accelerate's own switch for several CPU processes, `--cpu`, wants MPI.
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launch,
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "helpers",
+    ]
+    launch += [*command, "--accumulation", "1", "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished after 4 steps") == 1, "one process speaks"
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    weights, others = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert sorted(a["rows"]) == sorted(b["rows"]) and len(b["rows"]) == 2
+        assert a["learning_rate"] == b["learning_rate"]
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
+        assert abs(a["held_out"]["all"] - b["held_out"]["all"]) < 1e-5 if "held_out" in a else "held_out" not in b
+    seen = [n for row in two for n in row["rows"]]
+    assert len(seen) == len(set(seen))
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).norm() <= 1e-3 * tensor.norm() + 1e-7, name
+
+
+def test_rows_are_filled_up_so_that_nothing_is_seen_twice():
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "position_ids": [0, 1, 2], "number": 0, "stories": ["a"]}
+    rows = filled([row] * 5, 4, pad=0)
+    assert len(rows) == 8 and rows[:5] == [row] * 5 and len(filled([row] * 8, 4, 0)) == 8
+    batch = Collator(0)(rows[4:])
+    assert (batch["labels"][1:] == -100).all() and torch.equal(batch["labels"][0, :3], torch.tensor([-100, 6, 7]))

@@ -221,6 +221,15 @@ def save_4bit(model: PreTrainedModel, folder: str | Path, max_shard_size: str | 
     model.save_pretrained(folder, save_original_format=False, max_shard_size=max_shard_size)
 
 
+def empty_4bit(config: PreTrainedConfig, dtype: torch.dtype, double_quant: bool = True) -> tuple[PreTrainedModel, HfQuantizer]:
+    """The model on the meta device, prepared for 4-bit weights that it does not have yet, and the quantizer that knows which."""
+    quantizer = Nf4MoeQuantizer(Nf4MoeConfig(dtype, double_quant), pre_quantized=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantizer.preprocess_model(model, device_map=None)
+    return model, quantizer
+
+
 @torch.no_grad()
 def random_4bit(
     config: PreTrainedConfig,
@@ -235,10 +244,7 @@ def random_4bit(
     takes its 23 GiB and not 90. What stays unquantised (embeddings, norms, routers, head) is drawn by the model's own rules.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    quantizer = Nf4MoeQuantizer(Nf4MoeConfig(dtype, double_quant), pre_quantized=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    quantizer.preprocess_model(model, device_map=None)
+    model, quantizer = empty_4bit(config, dtype, double_quant)
     generator = torch.Generator(device).manual_seed(seed)
     std = getattr(config.get_text_config(), "initializer_range", 0.02)
     with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):

@@ -2,10 +2,10 @@
 
     python benchmarks/experts.py [--tokens 2048 ...] [--old-python OTHER/bin/python] [--out benchmarks/results/experts-cpu.json]
 
-All variants take turns in one process; reported are medians of a forward and backward pass with their quartiles, what
-ours takes in units of each other variant (the median over rounds, so that other work on the machine disturbs both alike), and
-the peak of live tensor bytes of one such pass, weights included. `floor` is the same matrix products alone, on weights that
-are already unpacked.
+All variants take turns in one process. Reported are medians of a forward and backward pass with their quartiles (of processor
+time with one thread, else of the wall clock), what ours takes in units of each other variant (the median over rounds, so that
+other work on the machine disturbs both alike), and the peak of live tensor bytes of one such pass, weights included. `floor`
+is the same matrix products alone, on weights that are already unpacked.
 
 transformers 4 kept every expert as linear layers, which bitsandbytes could pack. With the Python of an environment that holds
 transformers 4.57, bitsandbytes and PEFT, that variant runs in a process of its own, which this one wakes up when it has its
@@ -15,6 +15,7 @@ turn:  pip install "transformers==4.57.6" "huggingface-hub<1" "peft==0.18.1" bit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -179,13 +180,14 @@ class Here:
         self.x = torch.randn(o.tokens, o.hidden, requires_grad=True)
         self.scores, self.index = torch.rand(o.tokens, o.experts).softmax(-1).topk(o.top_k)
 
-    def step(self) -> float:
-        started = time.perf_counter()
+    def step(self) -> tuple[float, float]:
+        """(seconds by the wall clock, seconds of this process on all its processors)."""
+        started, busy = time.perf_counter(), time.process_time()
         if isinstance(self.module, Floor):
             self.module.run()
         else:
             self.module(self.x, self.index, self.scores).sum().backward()
-        took = time.perf_counter() - started
+        took = time.perf_counter() - started, time.process_time() - busy
         for p in (*self.module.parameters(), self.x):
             p.grad = None
         return took
@@ -208,14 +210,15 @@ class Elsewhere:
         self.weights, self.versions = hello["weights"], hello["versions"]
 
     def _ask(self, what: str):
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
         raise RuntimeError(f"the other Python ended ({self.process.wait()}): its message is above")
 
-    def step(self) -> float:
+    def step(self) -> tuple[float, float]:
         return self._ask("step")["answer"]
 
     def peak(self) -> int:
@@ -252,18 +255,23 @@ def measure(o: argparse.Namespace) -> dict[str, dict]:
     }
     if o.old_python:
         variants[OLD] = Elsewhere(o.old_python, o)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    busy: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(o.repeats + 1):
         for name, variant in variants.items():
             took = variant.step()
             if repeat:  # the first round warms up
-                seconds[name].append(took)
+                wall[name].append(took[0])
+                busy[name].append(took[1])
     results = {}
-    ours = seconds[next(iter(variants))]
+    # One thread's processor time is its time on a quiet machine; several threads wait for each other, so only the wall tells.
+    clock = busy if o.threads == 1 else wall
+    ours = clock[next(iter(variants))]
     for name, variant in variants.items():
-        low, median, high = statistics.quantiles(seconds[name], n=4)
-        results[name] = {"median_seconds": median, "quartiles": [low, high], "fastest": min(seconds[name])}
-        ratios = statistics.quantiles([a / b for a, b in zip(ours, seconds[name], strict=True)], n=4)
+        low, median, high = statistics.quantiles(clock[name], n=4)
+        results[name] = {"median_seconds": median, "quartiles": [low, high], "fastest": min(clock[name])}
+        results[name]["median_wall_seconds"] = statistics.median(wall[name])
+        ratios = statistics.quantiles([a / b for a, b in zip(ours, clock[name], strict=True)], n=4)
         results[name] |= {"ours_takes": ratios[1], "ours_takes_quartiles": [ratios[0], ratios[2]]}
         if name != "floor":
             results[name] |= {"weight_mib": variant.weights / 2**20, "peak_live_mib": (variant.weights + variant.peak()) / 2**20}

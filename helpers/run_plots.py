@@ -79,49 +79,145 @@ def plot_audit(tables: dict[str, Rows]) -> Figure:
 
 
 def plot_training(rows: Rows, title: str = "") -> Figure:
-    """Loss, gradient norm with learning rate, router losses, and the last expert loads, by step."""
+    """By step: loss with that on held-out stories, gradient norm and learning rate, routers; expert load; speed and memory."""
     steps = [r["step"] for r in rows]
-    figure, grid = new_figure(11, 5.2, rows=2, columns=2)
-    loss, rate, router, load = grid.flat
-    loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3)
+    figure, grid = new_figure(13, 5.6, rows=2, columns=3)
+    loss, rate, router, load, over_time, machine = grid.flat
+    loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3, label="training")
+    if held := [r for r in rows if "held_out" in r]:
+        loss.plot(
+            [r["step"] for r in held], [r["held_out"]["all"] for r in held], color=ORANGE, marker="D", ls="--", label="held out"
+        )
+        loss.legend(fontsize=8)
     loss.set(ylabel="nats a token", title=f"loss on the character's replies {title}")
     rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
-    twin = rate.twinx()
-    twin.plot(steps, [r["learning_rate"] for r in rows], color=GREEN, ls="--", label="learning rate (right)")
-    twin.grid(False)
+    _beside(rate, steps, [r["learning_rate"] for r in rows], GREEN, "learning rate (right)")
     rate.set(ylabel="gradient norm", title="gradient norm and learning rate", ylim=(0, None))
-    lines = rate.get_lines() + twin.get_lines()
-    rate.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="center right")
     router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
     router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
-    router.set(xlabel="step", title="routers", ylim=(0, None))
+    router.set(title="routers", ylim=(0, None))
     router.legend(fontsize=8)
-    image = load.imshow(rows[-1]["load"], cmap="cividis", aspect="auto", vmin=0)
-    load.set(xlabel="expert", ylabel="layer", title=f"share of tokens by expert, step {steps[-1]}")
-    load.grid(False)
-    figure.colorbar(image, ax=load)
-    return finish(figure, f"Training run to step {steps[-1]}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}")
+    _heat(figure, load, rows[-1]["load"], f"share of tokens by expert, step {steps[-1]}", "expert", "layer")
+    # One column a row of the log would hide that early rows lie closer together; so the axis counts rows.
+    busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
+    _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "row of the log", "layer")
+    machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens a second")
+    if all("memory_gib" in r for r in rows):
+        _beside(machine, steps, [r["memory_gib"] for r in rows], RED, "memory, GiB (right)")
+    machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
+    text = f"Training run to step {steps[-1]}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
+    return finish(figure, f"{text}, with gradient norm, learning rate, router losses, expert load by layer, speed and memory.")
+
+
+def _beside(axes, xs: Sequence[float], ys: Sequence[float], colour: str, label: str) -> None:
+    """A second curve with its own scale at the right, and one legend for both."""
+    twin = axes.twinx()
+    twin.plot(xs, ys, color=colour, ls="--", label=label)
+    twin.set_ylim(0, None)
+    twin.grid(False)
+    lines = axes.get_lines() + twin.get_lines()
+    axes.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="lower right")
+
+
+def _heat(figure: Figure, axes, table, title: str, xlabel: str, ylabel: str) -> None:
+    image = axes.imshow(table, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(False)
+    figure.colorbar(image, ax=axes)
 
 
 class LiveTraining:
-    """A progress function for `training.train`: redraws one figure in place, at most every `seconds`."""
+    """A progress function for `training.train`: one figure, redrawn in place, for at most `share` of the run's time.
 
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.last, self.handle = seconds, 0.0, None
+    A redraw takes half a second or so, however long a step takes. So after each one it waits until the run has gone on long
+    enough to have earned the next. `cost` is the share of the time since the first row that drawing has taken.
+    """
+
+    def __init__(self, share: float = 0.01, seconds: float = 5.0, clock=time.monotonic):
+        self.share, self.seconds, self.clock = share, seconds, clock
+        self.handle, self.begun = None, None
+        self.spent = self.last = self.longest = 0.0
+        self.drawn = 0
+
+    @property
+    def cost(self) -> float:
+        return self.spent / max(self.clock() - self.begun, 1e-9) if self.begun is not None else 0.0
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
+        now = self.clock()
+        if self.begun is None:
+            self.begun = self.last = now
+        earned = self.share * (now - self.begun) - self.spent
+        if len(rows) < 2 or now - self.last < self.seconds or earned < self.longest:
+            return
+        self.draw(rows)
+        self.last = self.clock()
+        self.longest = max(self.longest, self.last - now)
+        self.spent += self.last - now
+        self.drawn += 1
+
+    def draw(self, rows: list[dict[str, Any]]) -> None:
         from IPython.display import display
 
-        over = rows[-1]["step"] >= rows[-1]["of"]
-        if len(rows) < 2 or (time.monotonic() - self.last < self.seconds and not over):
-            return
-        self.last = time.monotonic()
-        title = f"({rows[-1]['step']}/{rows[-1]['of']})"
+        figure = plot_training(rows, f"({rows[-1]['step']}/{rows[-1]['of']})")
         if self.handle is None:
-            self.handle = display(plot_training(rows, title), display_id=True)
+            self.handle = display(figure, display_id=True)
         else:
-            self.handle.update(plot_training(rows, title))
+            self.handle.update(figure)
+
+
+def plot_router_pair(runs: dict[str, Rows]) -> Figure:
+    """z-loss, router entropy and loss by step for runs that differ in one setting. runs: name → log rows."""
+    figure, grid = new_figure(12, 3.2, columns=3)
+    looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"))
+    for (name, rows), (colour, marker, line) in zip(runs.items(), looks, strict=False):
+        steps = [r["step"] for r in rows]
+        for axes, key in zip(grid.flat, ("router/z", "router/entropy", "loss"), strict=True):
+            axes.plot(steps, [r[key] for r in rows], color=colour, marker=marker, ls=line, ms=4, label=name)
+    for axes, label in zip(grid.flat, ("z-loss: mean logsumexp²", "router entropy (nats)", "loss (nats a token)"), strict=True):
+        axes.set(xlabel="step", title=label)
+    grid.flat[0].legend(fontsize=8)
+    last = "; ".join(f"{name}: z {rows[-1]['router/z']:.2f}, loss {rows[-1]['loss']:.3f}" for name, rows in runs.items())
+    return finish(figure, f"Router losses of runs with the same seed, at the end: {last}.")
+
+
+def plot_held_out(first: dict[str, float], last: dict[str, float]) -> Figure:
+    """Loss on held-out stories by length class, before and after. first, last: `held_out` of two log rows."""
+    names = [n for n in LENGTHS if n in first and n in last]
+    figure, axes = new_figure(9, 3.0)
+    places = range(len(names))
+    axes.bar([x - 0.2 for x in places], [first[n] for n in names], 0.4, color=SKY, edgecolor=BLACK, hatch="..", label="first row")
+    axes.bar([x + 0.2 for x in places], [last[n] for n in names], 0.4, color=BLUE, edgecolor=BLACK, label="last row")
+    axes.set(xticks=list(places), ylabel="nats a token", title="loss on held-out replies by their length class")
+    axes.set_xticklabels(names, rotation=20)
+    axes.legend(fontsize=8)
+    return finish(
+        figure, f"Held-out loss by length class; over all replies {first['all']:.3f} before and {last['all']:.3f} after."
+    )
+
+
+def plot_step_profile(profile: dict[str, Any]) -> Figure:
+    """Where a step's time and memory go. profile: of `step_profile.profile_step`."""
+    figure, (time_axes, memory_axes) = new_figure(12, 3.2, columns=2)
+    parts = profile["seconds"]
+    total = sum(sum(p.values()) for p in parts.values())
+    for (kind, colour, hatch), left in zip((("forward", SKY, ""), ("backward", BLUE, "//")), (None, "forward"), strict=True):
+        offsets = [parts[p][left] / total if left else 0 for p in parts]
+        axes_values = [parts[p][kind] / total for p in parts]
+        time_axes.barh(list(parts), axes_values, left=offsets, color=colour, edgecolor=BLACK, hatch=hatch, label=kind)
+    time_axes.invert_yaxis()
+    time_axes.set(xlabel="share of the step's time", title=f"one step: {total:.2f} s for {profile['tokens']:,} tokens")
+    time_axes.legend(fontsize=8)
+    memory = profile["mib"]
+    memory_axes.barh(list(memory), list(memory.values()), color=ORANGE, edgecolor=BLACK)
+    for y, value in enumerate(memory.values()):
+        memory_axes.text(value, y, f" {value:.1f}", va="center", fontsize=8)
+    memory_axes.invert_yaxis()
+    memory_axes.margins(x=0.15)
+    memory_axes.set(xlabel="MiB", title="memory that is held")
+    largest = max(parts, key=lambda p: sum(parts[p].values()))
+    return finish(figure, f"Time of a training step by part, most of it in {largest}; memory by what holds it.")
 
 
 def plot_adapter_norms(norms: dict[str, float]) -> Figure:

@@ -55,11 +55,6 @@ def test_a_run_logs_every_step_and_its_router_losses(whole):
     assert training.read_log(whole.run_dir) == whole.history
 
 
-def test_time_is_summed_over_sittings():
-    rows = [{"seconds": s} for s in (1.0, 5.0, 9.0, 2.0, 4.0, 1.5)]
-    assert training.total_seconds(rows) == 9.0 + 4.0 + 1.5
-
-
 def test_a_finished_run_is_not_trained_again(whole):
     before = (whole.adapter / "adapter_model.safetensors").stat().st_mtime_ns
     assert run(whole.run_dir).facts == whole.facts

@@ -149,8 +149,9 @@ def _evaluate(options) -> int:
     from helpers.evaluation import size_of
     from helpers.experiment import evaluate_run
     from helpers.generation import Sampling, print_progress
-    from helpers.training import profile_of
+    from helpers.training import load_result, profile_of
 
+    load_result(options.run)  # says what to type if there is no finished run
     size = size_of(profile_of(options.run))
     changes = {k: v for k in ("conversations", "samples", "batch_size") if (v := getattr(options, k)) is not None}
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
@@ -162,10 +163,15 @@ def _evaluate(options) -> int:
 def _share(options) -> int:
     from helpers import sharing
 
-    print(sharing.write_model_card(options.run))
+    length = None if options.length == "none" else options.length
+    for path in sharing.bundle(options.run, options.dataset or (), options.license, length):
+        print(path)
     for target in options.target or sharing.TARGETS:
-        length = None if options.length == "none" else options.length
         print(sharing.export(options.run, target, options.char, options.user, length))
+    if options.merged:
+        print(sharing.merge_run(options.run, options.merged))
+    if options.push:
+        sharing.push_to_hub(options.run, options.push, send=options.send, private=not options.public)
     return 0
 
 
@@ -233,12 +239,18 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run_command=_evaluate)
 
-    share = commands.add_parser("share", help="model card and presets for other software")
+    share = commands.add_parser("share", help="model card, chat template, presets, checksums; upload")
     share.add_argument("run", type=Path)
     share.add_argument("--target", nargs="*", help="some of the exports; default: all")
     share.add_argument("--char", default="Character", help="the character's name in files for servers that know no names")
     share.add_argument("--user", default="User", help="the user's name in them")
     share.add_argument("--length", default="medium", help="the length that the presets ask for, or none")
+    share.add_argument("--merged", type=Path, help="also write base and adapter as one bf16 checkpoint into this folder")
+    share.add_argument("--dataset", nargs="*", help="Hub ids of the training data, for the card")
+    share.add_argument("--license", help="Hub license id, for the card")
+    share.add_argument("--push", metavar="USER/NAME", help="list what an upload would send; nothing is sent")
+    share.add_argument("--send", action="store_true", help="with --push: send that list and nothing else")
+    share.add_argument("--public", action="store_true", help="with --push: not private")
     share.set_defaults(run_command=_share)
 
     options = parser.parse_args(arguments)

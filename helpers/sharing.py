@@ -1,108 +1,149 @@
-"""From a finished run to something that others can use and trust: model card, chat template, presets.
+"""From a finished run to a folder that others can use and trust: card, chat template, presets, checksums, upload.
 
-Every number, setting and version of the card is read from the run's files; nothing is typed by hand.
+Nothing leaves the machine unless it is asked for twice: `push_to_hub` shows the list of files, and sends that list and
+nothing else when it is called with `send=True`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from helpers.evaluation import LengthTable
 from helpers.interchange import axolotl_config, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
-from helpers.lengths import LENGTHS, word_range
+from helpers.model_card import evaluations, write_model_card
 from helpers.profiles import ROOT
-from helpers.prompts import CHAT_TEMPLATE, CLOSING, response_header
+from helpers.prompts import CHAT_TEMPLATE
 from helpers.training import load_result, profile_of, write_json
 
+__all__ = ["TARGETS", "bundle", "checksums", "evaluations", "export", "merge_run", "push_to_hub", "write_model_card"]
+
 TARGETS = ("chat_template", "sillytavern", "koboldcpp", "ollama", "axolotl")
+SUMS = "SHA256SUMS"
+# What belongs to an adapter, beside the presets. Anything else that lies in the folder is named, and stays here.
+SENT = (
+    *("README.md", SUMS, "adapter_config.json", "adapter_model.safetensors", "training_dropout.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+)
 
 
-def evaluations(run_dir: Path) -> list[LengthTable]:
-    return [LengthTable.load(p) for p in sorted((run_dir / "evaluation").glob("*.json"))]
-
-
-def write_model_card(run_dir: str | Path) -> Path:
-    """README.md of the adapter folder, in the shape that the Hugging Face Hub reads."""
+def bundle(
+    run_dir: str | Path, datasets: Sequence[str] = (), license: str | None = None, length: str | None = "medium"
+) -> list[Path]:
+    """Make the adapter folder complete; returns its files: card, chat template, presets, base model's name, checksums."""
     run_dir = Path(run_dir)
-    result, profile = load_result(run_dir), profile_of(run_dir)
-    facts, tables = result.facts, evaluations(run_dir)
-    base = profile.base if not (ROOT / profile.base).is_dir() else "the course's tiny Mixtral"
-    metadata = {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "language": ["en"],
-        "tags": ["lora", "mixture-of-experts", "qlora", "router-z-loss", "roleplay", "length-control"],
-    }
-    if base == profile.base:
-        metadata["base_model"] = base
-    rows: list[tuple[str, Any]] = [
-        ("learning rate", profile.learning_rate),
-        ("schedule", f"cosine, {profile.warmup_steps} warm-up steps"),
-        ("optimizer", "Adam, betas (0.9, 0.999), eps 1e-8"),
-        ("rows x accumulation x context", f"{profile.micro_batch} x {profile.accumulation} x {profile.context} tokens"),
-        ("steps", facts["steps"]),
-        ("tokens in an epoch (trained)", f"{facts['corpus']['tokens']:,} ({facts['corpus']['trained']:,})"),
-        ("LoRA", f"r {profile.lora_r}, alpha {profile.lora_alpha}, dropout {profile.lora_dropout}"),
-        ("trained on", ", ".join(["attention", *["experts"] * profile.lora_experts, *["router"] * profile.lora_router])),
-        ("trainable parameters", f"{facts['trainable']:,}"),
-        ("router z-loss coefficient", f"{profile.z_coef} (mean over tokens and layers)"),
-        ("router balancing coefficient", f"{profile.balance_coef} (1.0 at balance)"),
-        ("base in 4 bit", f"NF4, double quantisation, compute {profile.dtype}"),
-        ("seed", profile.seed),
-    ]
-    parts = [
-        "---\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in metadata.items()) + "\n---",
-        f"# {profile.name} adapter: role-play chat with length control",
-        f"A LoRA adapter for {base}, trained on multi-turn two-person chats in an extended Alpaca format. "
-        "`### Response: (length = medium)` asks for a reply of that length; without it the model chooses.",
-        "## Prompt format\n\n```\n"
-        + "### Instruction:\n{char}'s Persona: …\n\n{user}'s Persona: …\n\nScenario: …\n\n"
-        + CLOSING
-        + "\n\n### Input:\n{user}: …\n\n"
-        + response_header("{char}", "medium")
-        + "\n```",
-        "## Lengths\n\n| length | words |\n|---|---|\n" + "\n".join(f"| {n} | {_range(n)} |" for n in LENGTHS),
-    ]
-    for table in tables:
-        parts.append(f"## Measured: {table.label}, reply {table.reply + 1}\n\n" + _markdown(table))
-    parts.append("## Training\n\n| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows))
-    parts.append(
-        "## What was 4-bit\n\n| part | weights | in 4 bit | bits a weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts)
-    )
-    where = f"{facts['hardware']['name']}, {facts['seconds'] / 60:.1f} minutes, {facts['tokens_per_second']:,} tokens/s"
-    parts.append("## Made with\n\n" + where + "; " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + ".")
-    card = result.adapter / "README.md"
-    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return card
+    adapter, profile = load_result(run_dir).adapter, profile_of(run_dir)
+    write_model_card(run_dir, datasets, license)
+    presets = adapter / "presets"
+    for target in TARGETS:
+        made = export(run_dir, target, length=length)
+        if target != "chat_template":
+            if made.is_dir():
+                shutil.copytree(made, presets / made.name, dirs_exist_ok=True)
+            else:
+                presets.mkdir(exist_ok=True)
+                shutil.copy(made, presets / made.name)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = profile.base  # PEFT writes the path on this machine
+    write_json(adapter / "adapter_config.json", config)
+    checksums(adapter)
+    return sorted(p for p in adapter.rglob("*") if p.is_file())
 
 
-def _range(name: str) -> str:
-    low, high = word_range(name)
-    return f"{low}–{high}" if high else f"{low} or more"
+def checksums(folder: str | Path) -> Path:
+    """SHA256SUMS over all files of a folder, in the form that `sha256sum --check` reads."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
+    lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    partial = folder / f"{SUMS}.partial"
+    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+    partial.replace(folder / SUMS)
+    return folder / SUMS
 
 
-def _markdown(table: LengthTable) -> str:
-    lines = ["| length | mean words | 95 % interval | median | in class | within one class |", "|---|---|---|---|---|---|"]
-    for r in table.rows:
-        shares = " | ".join("" if r[k] is None else f"{r[k]:.0%}" for k in ("in class", "within one"))
-        lines.append(f"| {r['length']} | {r['mean']:.1f} | {r['low']:.1f}–{r['high']:.1f} | {r['median']:.0f} | {shares} |")
-    s, how = table.statistics, table.sampling
-    lines.append(
-        f"\nSpearman {s['spearman']:+.2f} over {s['replies']} single replies (p = {s['spearman_p']:.1g}); "
-        f"temperature {how['temperature']}, top-p {how['top_p']}, seed {how['seed']}."
-    )
-    return "\n".join(lines)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _audit(facts: dict[str, Any]) -> str:
-    return "\n".join(
-        f"| {r['part']} | {r['weights']:,} | {r['4-bit']:.1%} | {r['bits/weight']:.3f} | {r['dtypes']} |" for r in facts["audit"]
-    )
+def merge_run(run_dir: str | Path, folder: str | Path | None = None, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Base and adapter as one plain bf16 checkpoint, shard by shard, with tokenizer, chat template and checksums."""
+    from helpers.experiment import load_run
+    from helpers.merged import save_merged
+
+    run_dir = Path(run_dir)
+    folder = Path(folder) if folder else run_dir / "merged"
+    _, model, tokenizer = load_run(run_dir)
+    save_merged(model, folder, max_shard_bytes=max_shard_bytes)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    checksums(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- upload
+
+
+@dataclass(frozen=True)
+class Sending:
+    """One file of an upload."""
+
+    path: str  # in the repository
+    size: int
+    sha256: str
+
+
+def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: bool = True, api: Any = None) -> list[Sending]:
+    """Show what an upload of the adapter folder would send; with `send=True`, send exactly that, as one commit.
+
+    Files that are no part of an adapter are named and left out. Raises ValueError if a text file holds a path of this machine,
+    and FileNotFoundError before `bundle` was called.
+    """
+    folder = load_result(run_dir).adapter
+    if not (folder / SUMS).is_file():
+        raise FileNotFoundError(f"{folder} has no {SUMS}: call sharing.bundle(run_dir) (or `python -m helpers share`) first")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    named = {p: p.relative_to(folder).as_posix() for p in files}
+    chosen = [p for p in files if named[p] in SENT or named[p].startswith("presets/")]
+    for path in chosen:
+        if path.suffix != ".safetensors":
+            _refuse_paths(path)
+    plan = [Sending(named[p], p.stat().st_size, _sha256(p)) for p in chosen]
+    print(f"{'sending to' if send else 'would send to'} {repo_id} ({'private' if private else 'public'}):")
+    for item in plan:
+        print(f"  {item.size:>12,} bytes  {item.sha256[:12]}  {item.path}")
+    for path in (p for p in files if p not in chosen):
+        print(f"  {'stays here':>18}  {'':<12}  {named[path]}")
+    if not send:
+        print("nothing was sent; call it again with send=True (--send) to send this list")
+        return plan
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = []
+    for path, item in zip(chosen, plan, strict=True):
+        content = path.read_bytes()  # what was shown is what is sent, whatever happens to the folder meanwhile
+        if hashlib.sha256(content).hexdigest() != item.sha256:
+            raise RuntimeError(f"{path} changed since it was listed: nothing was sent, call it again")
+        operations.append(CommitOperationAdd(path_in_repo=item.path, path_or_fileobj=content))
+    api = api or HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+    api.create_commit(repo_id, operations, commit_message="Adapter, card and presets", repo_type="model")
+    return plan
+
+
+def _refuse_paths(path: Path) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for place in (str(ROOT), str(Path.home())):
+        if len(place) > 4 and place in text:
+            raise ValueError(
+                f"{path.name} holds the path {place} of this machine: call sharing.bundle(run_dir) again, or edit it"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- exports

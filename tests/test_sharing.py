@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -51,29 +54,163 @@ def test_sillytavern_presets_say_the_formats_words():
     assert presets["sysprompt"]["content"].startswith("Play the role of {{char}}. Taking the above information")
 
 
-def test_model_card_and_exports_come_from_the_run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one step with a measured table."""
+    folder = tmp_path_factory.mktemp("run")
     profile = dataclasses.replace(PROFILES["tiny"], max_steps=1, lora_r=4, context=512, micro_batch=1)
-    stories = held_out(PROFILES["tiny"], 2, reply=1)
-    result = training.train(profile, stories, tmp_path, progress=None)
-    table(lambda c, i: i + 3).save(tmp_path / "evaluation" / "adapter.json")
-    card = sharing.write_model_card(tmp_path).read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name:")
-    assert f"| steps | {result.step} |" in card and "| LoRA | r 4, alpha 32" in card
-    assert f"torch {result.facts['versions']['torch']}" in card and "| unlimited | 150 or more |" in card
-    assert "### Response: (length = medium)\n{char}:" in card
+    training.train(profile, held_out(PROFILES["tiny"], 2, reply=1), folder, progress=None)
+    table(lambda c, i: i + 3).save(folder / "evaluation" / "1-adapter.json")
+    adapter = dataclasses.replace(table(lambda c, i: i + 3), label="adapter")
+    adapter.save(folder / "evaluation" / "1-adapter.json")
+    claim = {"claim": "replies follow", "measured": "+0.50", "goal": ">= 0.90", "reached": False}
+    training.write_json(folder / "behaviour.json", {"conclusions": [claim]})
+    return folder
+
+
+def test_the_cards_numbers_are_those_of_the_run(run):
+    facts, measured = training.load_result(run).facts, sharing.evaluations(run)[0]
+    card = sharing.write_model_card(run).read_text(encoding="utf-8")
+    assert f"- training_steps: {facts['steps']}" in card and "- LoRA: r 4, alpha 32" in card
+    assert f"- torch {facts['versions']['torch']}" in card and "| unlimited | 150 or more |" in card
+    assert "### Response: (length = medium)\n{char}:" in card and "| replies follow | +0.50 | >= 0.90 | no |" in card
+    for row in measured.rows:
+        assert f"| {row['length']} | {row['mean']:.1f} | {row['low']:.1f}–{row['high']:.1f} |" in card
+    assert f"- learning_rate: {PROFILES['tiny'].learning_rate}" in card and "nf4" in card
+
+
+def test_the_cards_metadata_is_what_the_hub_reads(run):
+    """Read back with huggingface_hub, and the rules of its schema that can be checked offline."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(sharing.write_model_card(run, datasets=["someone/stories"], license="cc-by-4.0"))
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "cc-by-4.0")
+    assert data.datasets == ["someone/stories"] and "length-control" in data.tags
+    assert data.base_model is None, "the tiny base is not on the Hub, and a name that is not there would be a dead link"
+    s = sharing.evaluations(run)[0].statistics
+    found = {(r.metric_type, r.metric_name): r.metric_value for r in data.eval_results}
+    assert found["spearmanr", "Spearman, class asked for and words of single replies"] == pytest.approx(s["spearman"], abs=1e-4)
+    assert found["accuracy", "Replies within one class of it"] == pytest.approx(s["within_one"], abs=1e-4) and len(found) == 4
+    for result in data.to_dict()["model-index"][0]["results"]:
+        assert set(result) >= {"task", "dataset", "metrics"} and {"type", "name"} <= set(result["dataset"])
+        assert all(isinstance(m["value"], float) for m in result["metrics"])
+    from helpers.model_card import metadata
+
+    hub = metadata(PROFILES["a100-80"], []).to_dict()
+    assert hub["base_model"] == "mistralai/Mixtral-8x7B-v0.1" and "model-index" not in hub
+
+
+def test_exports_come_from_the_run(run):
     for target in sharing.TARGETS:
-        assert sharing.export(tmp_path, target).exists()
-    assert (result.adapter / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
-    assert (
-        json.loads((tmp_path / "export" / "koboldcpp_adapter.json").read_text())["assistant_gen"].count("(length = medium)") == 1
-    )
-    named = sharing.export(tmp_path, "ollama", "Ferro", "Ana", None).read_text(encoding="utf-8")
+        assert sharing.export(run, target).exists()
+    assert (run / "adapter" / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    assert json.loads((run / "export" / "koboldcpp_adapter.json").read_text())["assistant_gen"].count("(length = medium)") == 1
+    named = sharing.export(run, "ollama", "Ferro", "Ana", None).read_text(encoding="utf-8")
     assert "### Response:\nFerro:" in named and "\nAna: " in named and "(length" not in named
     assert "</s>" in named, "the adapter was trained with an end-of-sequence token after each reply"
     with pytest.raises(ValueError, match="unknown target"):
-        sharing.export(tmp_path, "fax")
+        sharing.export(run, "fax")
+
+
+def test_the_bundle_is_complete_and_its_checksums_hold(run):
+    import hashlib
+
+    from transformers import AutoTokenizer
+
+    adapter = run / "adapter"
+    files = {p.relative_to(adapter).as_posix() for p in sharing.bundle(run)}
+    wanted = {"README.md", "SHA256SUMS", "chat_template.jinja", "presets/Modelfile", "presets/sillytavern/instruct.json"}
+    assert wanted <= files
+    lines = (adapter / "SHA256SUMS").read_text().splitlines()
+    sums = dict(reversed(line.split("  ", 1)) for line in lines)
+    assert set(sums) == files - {"SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((adapter / name).read_bytes()).hexdigest() == digest
+    assert AutoTokenizer.from_pretrained(adapter).chat_template == CHAT_TEMPLATE
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == PROFILES["tiny"].base
+    assert sharing.bundle(run), "a second time as well"
+
+
+class FakeApi:
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *a, **k: self.calls.append((name, a, k))
+
+
+def test_nothing_is_sent_that_was_not_shown(run, capsys, monkeypatch):
+    import huggingface_hub
+
+    def never(*a, **k):
+        raise AssertionError("a dry run must not even make a client")
+
+    sharing.bundle(run)
+    (run / "adapter" / "diary.txt").write_text("not yours")
+    (run / "adapter" / "optimizer.pt").write_bytes(b"0")
+    monkeypatch.setattr(huggingface_hub, "HfApi", never)
+    plan = sharing.push_to_hub(run, "me/adapter")
+    said = capsys.readouterr().out
+    assert "would send to me/adapter (private)" in said and "nothing was sent" in said
+    assert said.count("stays here") == 2 and "diary.txt" in said
+    listed = {line.split()[-1] for line in said.splitlines() if " bytes " in line}
+    assert listed == {item.path for item in plan} and not {"diary.txt", "optimizer.pt"} & listed
+
+    api = FakeApi()
+    assert sharing.push_to_hub(run, "me/adapter", send=True, api=api) == plan
+    (create, commit) = api.calls
+    assert create[0] == "create_repo" and create[2]["private"] is True and commit[0] == "create_commit"
+    sent = {op.path_in_repo: op.path_or_fileobj for op in commit[1][1]}
+    assert set(sent) == listed and all(sent[i.path] == (run / "adapter" / i.path).read_bytes() for i in plan)
+    for name in ("diary.txt", "optimizer.pt"):
+        (run / "adapter" / name).unlink()
+
+
+def test_a_path_of_this_machine_is_not_sent(run):
+    sharing.bundle(run)
+    readme = run / "adapter" / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8") + f"\nsee {ROOT}/runs\n", encoding="utf-8")
+    api = FakeApi()
+    with pytest.raises(ValueError, match="holds the path"):
+        sharing.push_to_hub(run, "me/adapter", send=True, api=api)
+    assert api.calls == []
+    sharing.bundle(run)
+    sharing.push_to_hub(run, "me/adapter")
+
+
+def test_without_a_bundle_it_says_what_to_call(run):
+    sharing.bundle(run)
+    (run / "adapter" / "SHA256SUMS").unlink()
+    with pytest.raises(FileNotFoundError, match="python -m helpers share"):
+        sharing.push_to_hub(run, "me/adapter")
+
+
+def alone(code: str, folder):
+    """Run code in a fresh interpreter that cannot see this package."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    code = 'import sys\nsys.modules["helpers"] = None  # importing it raises\n' + code
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_anyone_can_chat_with_the_folder_and_without_this_package(run, tmp_path):
+    """The card's own lines, as printed, with the adapter on its base and with the merged weights."""
+    from helpers.model_card import usage, usage_merged
+
+    sharing.bundle(run)
+    base = str(ROOT / PROFILES["tiny"].base)
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert usage(PROFILES["tiny"].base) in card
+    merged = sharing.merge_run(run, tmp_path / "merged", max_shard_bytes=10**6)
+    out = alone(usage_merged(str(merged)) + 'print("=====")\n' + usage(base, str(run / "adapter")), tmp_path)
+    assert out.returncode == 0, out.stderr[-2000:]
+    replies = out.stdout.split("=====")
+    assert len(replies) == 2 and all(r.strip() and "###" not in r for r in replies)
 
 
 def test_a_missing_run_says_what_to_type(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m helpers train"):
         sharing.write_model_card(tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m helpers train"):
+        sharing.bundle(tmp_path)

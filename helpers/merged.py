@@ -1,0 +1,94 @@
+"""A plain checkpoint from 4-bit base and adapter, written shard by shard: never more than one shard in memory.
+
+`qlora.merge` builds the whole model, which for Mixtral-8x7B takes 93 GB. Here each parameter is dequantised, gets its adapter
+added in fp32, is rounded once, goes into the current shard under the family's own names (transformers' conversion, run
+backwards), and is forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Params4bit
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from helpers.qlora import _deltas, _merged, _plain_name
+
+INDEX = "model.safetensors.index.json"
+
+
+@torch.no_grad()
+def save_merged(
+    model: PeftModel, folder: str | Path, dtype: torch.dtype | str = torch.bfloat16, max_shard_bytes: int = 5 * 10**9
+) -> list[Path]:
+    """Write the merged model as an ordinary checkpoint; returns its weight files. `model` stays as it is.
+
+    The folder appears when it is whole. Raises FileExistsError if it is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: merge into another folder, or delete it first")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    base, deltas = model.get_base_model(), _deltas(model)
+    settings = base.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
+    sources = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    shards: list[dict[str, str]] = []  # tensor name → shard file, for each shard
+    waiting: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        if waiting:
+            file = f"model-{len(shards) + 1:05d}.safetensors"
+            save_file(waiting, partial / file, metadata={"format": "pt"})
+            shards.append(dict.fromkeys(waiting, file))
+            waiting.clear()
+            size = 0
+
+    for name, empty in plain.named_parameters():
+        value = _value(empty, sources[name], deltas.pop(name, []))
+        for key, tensor in revert_weight_conversion(plain, {name: value}).items():
+            bytes_ = tensor.numel() * tensor.element_size()
+            if waiting and size + bytes_ > max_shard_bytes:
+                flush()
+            waiting[key] = tensor.contiguous().cpu()
+            size, total = size + bytes_, total + bytes_
+    flush()
+    if deltas:
+        raise ValueError(f"adapters on {sorted(deltas)} have no parameter to be merged into")
+    names = {}
+    for number, shard in enumerate(shards, start=1):
+        final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (partial / next(iter(shard.values()))).rename(partial / final)
+        names |= dict.fromkeys(shard, final)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    plain.config.dtype = dtype
+    plain.config.architectures = [type(base).__name__]
+    plain.config.save_pretrained(partial)
+    base.generation_config.save_pretrained(partial)
+    partial.rename(folder)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _value(empty: torch.Tensor, source: torch.Tensor, factors: list) -> torch.Tensor:
+    value = torch.empty(empty.shape, dtype=empty.dtype, device=source.device)
+    if factors or isinstance(source, Params4bit):
+        rows = value if value.ndim == 3 else value.unsqueeze(0)
+        for e, matrix in enumerate(_merged(source, factors)):
+            rows[e].copy_(matrix)
+    else:
+        value.copy_(source)
+    return value

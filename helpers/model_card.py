@@ -1,0 +1,210 @@
+"""The model card of a run, in the shape of the card that the course reproduces, with metadata that the Hub reads.
+
+Every number, table, setting and version is read from the run's files; nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers.evaluation import LengthTable
+from helpers.lengths import LENGTHS, word_range
+from helpers.profiles import ROOT, Profile
+from helpers.prompts import CLOSING, response_header
+from helpers.training import load_result, profile_of
+
+TAGS = ["lora", "qlora", "mixture-of-experts", "router-z-loss", "roleplay", "length-control"]
+
+
+def evaluations(run_dir: Path) -> list[LengthTable]:
+    return [LengthTable.load(p) for p in sorted((run_dir / "evaluation").glob("*.json"))]
+
+
+def write_model_card(run_dir: str | Path, datasets: Sequence[str] = (), license: str | None = None) -> Path:
+    """README.md of the adapter folder. `datasets`: Hub ids of the training data, if it is there; `license`: a Hub license id."""
+    run_dir = Path(run_dir)
+    result, profile = load_result(run_dir), profile_of(run_dir)
+    text = render(profile, result.facts, evaluations(run_dir), _behaviour(run_dir), datasets, license)
+    card = result.adapter / "README.md"
+    partial = card.with_name("README.md.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(card)
+    return card
+
+
+def _behaviour(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "behaviour.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def on_the_hub(profile: Profile) -> bool:
+    return not (ROOT / profile.base).is_dir() and profile.base.count("/") == 1 and not Path(profile.base).exists()
+
+
+def metadata(profile: Profile, tables: Sequence[LengthTable], datasets: Sequence[str] = (), license: str | None = None):
+    """huggingface_hub.ModelCardData with the length metrics of the adapter's own tables as evaluation results."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for table in (t for t in tables if t.label.startswith("adapter")):
+        s, place = table.statistics, f"reply {table.reply + 1}"
+        shared = {
+            "task_type": "text-generation",
+            "task_name": "Length-controlled role-play",
+            "dataset_type": "held-out-conversations",
+            "dataset_name": f"{s['conversations']} held-out conversations, {place}",
+            "dataset_args": {"reply": table.reply, **table.sampling},
+        }
+        for kind, name, key in (
+            ("spearmanr", "Spearman, class asked for and words of single replies", "spearman"),
+            ("accuracy", "Replies in the class asked for", "in_class"),
+            ("accuracy", "Replies within one class of it", "within_one"),
+            ("mutual_information", "Bits that the obtained class tells about the asked one", "information"),
+        ):
+            results.append(EvalResult(metric_type=kind, metric_name=name, metric_value=round(s[key], 4), **shared))
+    return ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        language="en",
+        license=license,
+        base_model=profile.base if on_the_hub(profile) else None,
+        tags=TAGS,
+        datasets=list(datasets) or None,
+        model_name=f"{profile.name} adapter",
+        eval_results=results or None,
+    )
+
+
+def render(
+    profile: Profile,
+    facts: dict[str, Any],
+    tables: Sequence[LengthTable],
+    behaviour: dict[str, Any] | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    base = profile.base if on_the_hub(profile) else f"the course's tiny Mixtral (`{profile.base}`)"
+    parts = [
+        f"---\n{metadata(profile, tables, datasets, license).to_yaml()}\n---",
+        f"# {profile.name} adapter: role-play chat with length control",
+        f"A LoRA adapter for {base}, trained on multi-turn two-person chats in an extended Alpaca format. "
+        "`### Response: (length = medium)` asks for a reply of that length; without it the model chooses.",
+        "## Prompt format\n\n```\n### Instruction:\n{char}'s Persona: …\n\n{user}'s Persona: …\n\nScenario: …\n\n"
+        + CLOSING
+        + "\n\n### Input:\n{user}: …\n\n"
+        + response_header("{char}", "medium")
+        + "\n```\n\nThe chat template in the tokenizer writes it. With `transformers` and `peft` alone:\n\n```python\n"
+        + usage(profile.base)
+        + "```",
+        "## Message length control\n\nLengths hold on average, not to the word. The classes were defined by words:\n\n"
+        "| length | words |\n|---|---|\n" + "\n".join(f"| {n} | {_range(n)} |" for n in LENGTHS),
+    ]
+    for table in tables:
+        parts.append(f"### Measured: {table.label}, reply {table.reply + 1}\n\n" + _markdown(table))
+    if behaviour and behaviour.get("conclusions"):
+        lines = [
+            f"| {c['claim']} | {c['measured']} | {c['goal']} | {'yes' if c['reached'] else 'no'} |"
+            for c in behaviour["conclusions"]
+        ]
+        head = "## What holds and what does not\n\n| claim | measured | goal | reached |\n|---|---|---|---|\n"
+        parts.append(head + "\n".join(lines))
+    settings = "\n".join(f"- {k}: {v}" for k, v in _hyperparameters(profile, facts))
+    quantised = facts.get("quantization") or {}
+    config = "\n".join(f"- {k}: {v}" for k, v in quantised.items() if v is not None)
+    parts += [
+        "## Training procedure\n\n### Training hyperparameters\n\n" + settings,
+        *(["### bitsandbytes quantization config\n\n" + config] if config else []),
+        "### What was 4-bit\n\n| part | weights | in 4 bit | bits a weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts),
+        "### Framework versions\n\n" + "\n".join(f"- {k} {v}" for k, v in facts["versions"].items()),
+        f"Trained on {facts['hardware']['name']} in {facts['seconds'] / 60:.1f} minutes, {facts['tokens_per_second']:,} tokens a "
+        "second.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(base: str, folder: str = "path/to/this/folder") -> str:
+    """Five lines that chat, without this course."""
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")\n' + _ask()
+    )
+
+
+def usage_merged(folder: str = "path/to/merged") -> str:
+    """The same for merged weights, which need transformers only."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n' + _ask()
+    )
+
+
+def _ask() -> str:
+    return (
+        'setting = {"char": "Ferro", "user": "Ana", "persona": "Ferro is a miller.", "user_persona": "Ana is a nurse.",\n'
+        '           "scenario": "Ana visits the mill.", "length": "short"}\n'
+        'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Is anyone there?"}], add_generation_prompt=True,\n'
+        '                                       return_tensors="pt", return_dict=True, **setting)\n'
+        "reply = model.generate(**prompt, do_sample=True, temperature=0.8, max_new_tokens=200)[0]\n"
+        'print(tokenizer.decode(reply[prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip())\n'
+    )
+
+
+def _hyperparameters(profile: Profile, facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    micro, steps = facts.get("micro_batch", profile.micro_batch), facts.get("accumulation", profile.accumulation)
+    return [
+        ("learning_rate", profile.learning_rate),
+        ("train_batch_size", f"{micro} rows of {profile.context} tokens, packed"),
+        ("gradient_accumulation_steps", steps),
+        ("total_train_batch_size", micro * steps),
+        ("seed", profile.seed),
+        ("optimizer", "Adam with betas=(0.9,0.999) and epsilon=1e-08"),
+        ("lr_scheduler_type", "cosine"),
+        ("lr_scheduler_warmup_steps", profile.warmup_steps),
+        ("training_steps", facts["steps"]),
+        ("tokens in an epoch (trained)", f"{facts['corpus']['tokens']:,} ({facts['corpus']['trained']:,})"),
+        ("LoRA", f"r {profile.lora_r}, alpha {profile.lora_alpha}, dropout {profile.lora_dropout}"),
+        ("trained on", ", ".join(["attention", *["experts"] * profile.lora_experts, *["router"] * profile.lora_router])),
+        ("trainable parameters", f"{facts['trainable']:,}"),
+        ("router z-loss coefficient", f"{profile.z_coef} (mean over tokens and layers)"),
+        ("router balancing coefficient", f"{profile.balance_coef} (1.0 at balance)"),
+        ("replies without modifier", f"{profile.omit:.0%}"),
+        ("base in 4 bit", f"NF4, double quantisation, compute {profile.dtype}"),
+    ]
+
+
+def _range(name: str) -> str:
+    low, high = word_range(name)
+    return f"{low}–{high}" if high else f"{low} or more"
+
+
+def _markdown(table: LengthTable) -> str:
+    lines = [
+        "| length | mean words | 95 % interval | median | tokens | in class | within one class | cut off |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table.rows:
+        shares = " | ".join("" if r[k] is None else f"{r[k]:.0%}" for k in ("in class", "within one"))
+        median = "cut off" if r["median"] is None else f"{r['median']:.0f}"
+        lines.append(
+            f"| {r['length']} | {r['mean']:.1f} | {r['low']:.1f}–{r['high']:.1f} | {median} | {r['tokens']:.0f} | {shares} | "
+            f"{r['cut off']:.0%} |"
+        )
+    s, how = table.statistics, table.sampling
+    lines.append(
+        f"\nSpearman {s['spearman']:+.2f} [{s['spearman_low']:+.2f}, {s['spearman_high']:+.2f}] over {s['replies']} single "
+        f"replies to {s['conversations']} conversations; temperature {how['temperature']}, top-p {how['top_p']}, seed "
+        f"{how['seed']}."
+    )
+    return "\n".join(lines)
+
+
+def _audit(facts: dict[str, Any]) -> str:
+    return "\n".join(
+        f"| {r['part']} | {r['weights']:,} | {r['4-bit']:.1%} | {r['bits/weight']:.3f} | {r['dtypes']} |" for r in facts["audit"]
+    )

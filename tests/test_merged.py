@@ -1,0 +1,53 @@
+"""The streamed checkpoint is, to the bit, what merging the whole model in memory writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from helpers.merged import save_merged
+from helpers.qlora import add_lora, merge
+from helpers.quantization import load_4bit
+
+
+@pytest.fixture(scope="module")
+def adapted(random_mixtral):
+    model = add_lora(load_4bit(random_mixtral, dtype="float32"), r=4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_is_the_merged_model_to_the_bit(adapted, tmp_path, dtype):
+    whole = merge(adapted, dtype)
+    whole.save_pretrained(tmp_path / "whole")
+    files = save_merged(adapted, tmp_path / "streamed", dtype, max_shard_bytes=150_000)
+    assert len(files) > 2 and max(f.stat().st_size for f in files) < 150_000 + 20_000
+    wanted = load_file(tmp_path / "whole" / "model.safetensors")
+    found = {k: v for f in files for k, v in load_file(f).items()}
+    assert set(found) == set(wanted), "the family's own names, one tensor an expert"
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in wanted.items())
+    index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(found)
+    assert index["metadata"]["total_size"] == sum(v.numel() * v.element_size() for v in found.values())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=dtype)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
+    assert json.loads((tmp_path / "streamed" / "config.json").read_text()).get("quantization_config") is None
+
+
+def test_one_shard_needs_no_index_and_no_folder_is_overwritten(adapted, tmp_path):
+    (file,) = save_merged(adapted, tmp_path / "merged")
+    assert file.name == "model.safetensors" and not (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    with pytest.raises(FileExistsError, match="merge into another folder"):
+        save_merged(adapted, tmp_path / "merged")
+    assert not (tmp_path / "merged.partial").exists()

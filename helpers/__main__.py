@@ -161,8 +161,9 @@ def _evaluate(options) -> int:
 
 
 def _share(options) -> int:
-    from helpers import sharing
+    from helpers import environment, sharing
 
+    environment.quiet()
     length = None if options.length == "none" else options.length
     for path in sharing.bundle(options.run, options.dataset or (), options.license, length):
         print(path)

@@ -8,6 +8,7 @@ run_dir/behaviour.json                                                everything
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,27 @@ from helpers.controls import random_adapter, shuffled_labels
 from helpers.evaluation import DEEP, FIRST, LengthTable, Size, held_out, measure_length_control, size_of
 from helpers.generation import Progress, Sampling
 from helpers.lengths import LENGTHS
-from helpers.profiles import Profile
+from helpers.profiles import ROOT, Profile
 from helpers.training import load_result, profile_of, train, write_json
 
 Say = Callable[[str], None]
+RECORDED = ROOT / "benchmarks" / "results" / "length-control-tiny.json"
+
+
+def recorded() -> dict[str, Any]:
+    """The committed results of `benchmarks/length_control.py`: three seeds, controls and ablations of the tiny profile."""
+    return json.loads(RECORDED.read_text(encoding="utf-8"))
+
+
+def recorded_tables(place: str = "first") -> dict[str, LengthTable]:
+    """Their length tables by variant, and of the controls that need no training. place: "first" or "deep"."""
+    variants = recorded()["variants"]
+    tables = {name: LengthTable.from_compact(v["tables"][place]) for name, v in variants.items()}
+    for data in variants.get("seed 42", {}).get("controls", {}).values():
+        table = LengthTable.from_compact(data)
+        if (table.reply == DEEP) == (place == "deep"):
+            tables[table.label.removesuffix(", deep")] = table
+    return tables
 
 
 def load_run(run_dir: str | Path):

@@ -87,8 +87,10 @@ def about_changes(rows: Sequence[Mapping[str, Any]], lengths: Sequence[str]) -> 
 
 
 def about_names(report: Sequence[Mapping[str, Any]]) -> list[Conclusion]:
-    """Over all conditions: are the names right in the replies that use one?"""
+    """Over all conditions: are the names right in the replies that use one? Nothing to say if none does."""
     used = [(r["with names"], r["right names"]) for r in report if r["right names"] is not None]
+    if not used:
+        return []
     share = sum(w * right for w, right in used) / sum(w for w, _ in used)
     return [Conclusion("names in replies are those of the two speakers", f"{share:.1%}", ">= 95%", share >= 0.95)]
 

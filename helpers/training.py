@@ -93,7 +93,7 @@ def train(
     already holds a run. `stop_after` ends with a checkpoint after that step, as an interruption would. `held_out`: what the
     evaluation loss in the log is measured on (None: the profile's; empty: nothing). `shrink`: when the GPU's memory does not
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
-    the same, so without dropout the trajectory does too, to rounding.
+    the same, so without dropout the trajectory does too, to rounding (one process only: of several, each would wait).
 
     ValueError for a folder with another run, other settings or damaged checkpoints; OSError if it cannot be written;
     FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
@@ -161,7 +161,8 @@ class _Run:
             torch.cuda.empty_cache()
         p = self.profile
         first = problem.splitlines()[0] if problem else "out of memory"
-        if shrink and self.micro_batch > 1 and self.micro_batch % 2 == 0:
+        alone = accelerate.PartialState().num_processes == 1  # of several, the others would wait for this one
+        if shrink and alone and self.micro_batch > 1 and self.micro_batch % 2 == 0:
             self.micro_batch //= 2
             print(f"out of memory; going on with micro-batch {self.micro_batch} and accumulation {self.accumulation}", flush=True)
             self.note()
@@ -197,7 +198,7 @@ class _Run:
         handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         labelled = held_out_stories(profile) if held_out is None else list(held_out)
-        measure = HeldOutLoss(labelled, tokenizer, profile.context, pad) if labelled else None
+        measure = HeldOutLoss(labelled, tokenizer, profile.context, pad, self.micro_batch) if labelled else None
         log = Log(run_dir, handle, progress, measure, profile.save_steps)
         if checkpoint is not None:
             log.restored = json.loads((checkpoint / resume.PROGRESS).read_text(encoding="utf-8"))
@@ -215,6 +216,9 @@ class _Run:
             router_losses=handle,
             log=log,
         )
+        if trainer.is_fsdp_enabled and measure:
+            log.measure = None
+            print("no held-out loss under FSDP: it calls the model outside of the training loop", flush=True)
         for callback in (*ours, log, keeper):  # behind the guard, which hands each step to the log
             trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)  # our log rows say more

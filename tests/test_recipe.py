@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from helpers import training
+from helpers import losses, training
 from helpers.data import build_corpus
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.lengths import LENGTHS, length_class
@@ -167,6 +167,18 @@ def test_the_loss_curve_is_that_of_plain_transformers(base, tokenizer, tmp_path)
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-5, atol=0)
     for (name, p), q in zip(plain.model.named_parameters(), ours.model.parameters(), strict=True):
         assert (p - q).norm() <= 1e-4 * p.norm(), name
+
+
+def test_packed_rows_give_the_same_loss_with_either_attention(base, tokenizer):
+    batch = NumberedCollator(0)(build_corpus(STORIES, tokenizer, 512).numbered()[:2])
+    assert (batch["position_ids"] == 0).sum() > 3, "several stories a row"
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
+    found = []
+    for name in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=name).requires_grad_(False)
+        assert model.config._attn_implementation == name
+        found.append(losses.completion_loss(model, inputs, batch["labels"], model).item())
+    assert abs(found[0] / found[1] - 1) < 1e-5
 
 
 class Waits(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from helpers.generation import Prompt, Sampling, stream_reply
 from helpers.lengths import count_words, rank
@@ -98,3 +98,44 @@ class Chat:
 def talk(chat: Chat, text: str, length: str | None = None) -> str:
     """`say`, waited for: the whole reply."""
     return "".join(chat.say(text, length))
+
+
+COMMANDS = "/length NAME or /length none: ask for another length   /again: another reply   /quit"
+
+
+def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print, sampling: Sampling | None = None) -> Chat:
+    """Chat at a terminal with a character of your choice; returns the chat when you say /quit or close the input."""
+    for number, story in enumerate(settings, start=1):
+        write(f"{number}. {story.personas.character}")
+    length, chat = "medium", None
+    while True:
+        try:
+            said = ask("talk to number: " if chat is None else f"({length or 'no length'}) you: ").strip()
+        except EOFError:
+            said = "/quit"
+        if said == "/quit":
+            return chat or Chat(model, tokenizer, settings[0], sampling)
+        if chat is None:
+            if not said.isdigit() or not 1 <= int(said) <= len(settings):
+                write(f"a number from 1 to {len(settings)}, please")
+                continue
+            chat = Chat(model, tokenizer, settings[int(said) - 1], sampling)
+            write(f"\n{chat.introduction()}\nYou are {chat.story.names.user}.\n{COMMANDS}\n")
+            continue
+        try:
+            if said.startswith("/length"):
+                wanted = said.removeprefix("/length").strip()
+                if wanted != "none":
+                    rank(wanted)
+                length = None if wanted == "none" else wanted
+                continue
+            if said.startswith("/") and said != "/again":
+                write(COMMANDS)
+                continue
+            pieces = chat.again() if said == "/again" else chat.say(said, length)
+            write(f"{chat.story.names.character}: ", end="")
+            for piece in pieces:
+                write(piece, end="", flush=True)
+            write("\n")
+        except ValueError as error:
+            write(f"[{error}]")

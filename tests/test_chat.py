@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.chat import SILENCE, Chat, talk
+from helpers.chat import SILENCE, Chat, talk, terminal
 from helpers.eval_widgets import chat_panel, reply_explorer, reply_page
 from helpers.evaluation import held_out
 from helpers.generation import Prompt, Sampling, generate_replies
@@ -138,3 +138,25 @@ def test_the_explorer_shows_the_recorded_replies():
     assert "None says 9." in panel.children[-1].value
     which.value, length.value = 1, "micro"
     assert "Cy (length = micro" in panel.children[-1].value
+
+
+def test_the_terminal_takes_a_character_lengths_and_commands(model, tokenizer):
+    stories = held_out(PROFILES["tiny"], 2)
+    lines = iter(
+        ["7", "2", "Hello?", "/length gigantic", "/length long", "/help", "And now?", "/again", "/length none", "", "Bye."]
+    )
+    written: list[str] = []
+
+    def ask(prompt):
+        written.append(prompt)
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None  # Ctrl-D
+
+    chat = terminal(model, tokenizer, stories, ask, lambda *a, **k: written.append("".join(map(str, a))), SHORT)
+    assert chat.story.names == stories[1].names and chat.lengths == ["medium", "long", None]
+    text = "\n".join(written)
+    assert "a number from 1 to 2, please" in text and "[unknown length 'gigantic'" in text and "the text is empty" in text
+    assert "(long) you: " in text and "(no length) you: " in text and "/again: another reply" in text
+    assert chat.story.messages[-1].text in "".join(written)

@@ -160,6 +160,20 @@ def _evaluate(options) -> int:
     return 0
 
 
+def _chat(options) -> int:
+    from helpers import environment
+
+    environment.quiet()
+    from helpers.chat import terminal
+    from helpers.evaluation import held_out
+    from helpers.experiment import load_run
+    from helpers.generation import Sampling
+
+    profile, model, tokenizer = load_run(options.run)
+    terminal(model, tokenizer, held_out(profile, 6), sampling=Sampling(temperature=options.temperature, seed=options.seed))
+    return 0
+
+
 def _share(options) -> int:
     from helpers import environment, sharing
 
@@ -239,6 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--temperature", type=float, default=0.8)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run_command=_evaluate)
+
+    chat = commands.add_parser("chat", help="talk to a character of a finished run")
+    chat.add_argument("run", type=Path)
+    chat.add_argument("--temperature", type=float, default=0.8)
+    chat.add_argument("--seed", type=int, default=0)
+    chat.set_defaults(run_command=_chat)
 
     share = commands.add_parser("share", help="model card, chat template, presets, checksums; upload")
     share.add_argument("run", type=Path)

@@ -253,24 +253,19 @@ def _linear(x: Tensor, unpack: Unpacker, e: int, lora: _Adapter | None, seed: in
     return y
 
 
-def _linear_backward(
-    g: Tensor, x: Tensor, unpack: Unpacker, e: int, lora: _Adapter | None, grads: tuple | None, seed: int
-) -> Tensor:
-    """Gradient for x from gradient g of the output; writes this expert's (∂A, ∂B) into `grads`."""
+def _into_input(g: Tensor, unpack: Unpacker, e: int) -> Tensor:
+    """Gradient g (n, out) of a projection's output → (n, in), through the frozen weight."""
     gx = None
     for first, w in unpack.pieces(e):
         part = g[:, first : first + len(w)]
         gx = part @ w if gx is None else gx.addmm_(part, w)
-    if lora is not None:
-        through = _thin(g, lora.B).mul_(lora.scale)  # (n, r)
-        dropped = _dropout(x, lora.dropout, seed)
-        grads[1].copy_(_thin(g.T, _thin(dropped, lora.A.T).mul_(lora.scale)))
-        grads[0].copy_(through.T @ dropped)
-        if lora.dropout:  # the same mask as on x, since dropout is a product with it
-            gx += _dropout(through @ lora.A, lora.dropout, seed)
-        else:
-            gx.addmm_(through, lora.A)
     return gx
+
+
+def _row_blocks(h: Tensor, whole: bool) -> list[slice]:
+    """Rows to apply the gate to at a time: what stays in a CPU's cache, so that its many steps do not wait for memory."""
+    step = len(h) if whole else max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1])
+    return [slice(first, first + step) for first in range(0, len(h), step)]
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -294,7 +289,8 @@ class _ExpertMLP(torch.autograd.Function):
         for e, s, t, up, down, lora1, lora2 in _ExpertMLP.walk(ctx, x.dtype, a1, b1, a2, b2):
             rows = token[s:t]
             h = _linear(x[rows], up, e, lora1, seed + 2 * e)
-            y = _linear(module._apply_gate(h), down, e, lora2, seed + 2 * e + 1)
+            a = torch.cat([module._apply_gate(h[block]) for block in _row_blocks(h, whole=False)])
+            y = _linear(a, down, e, lora2, seed + 2 * e + 1)
             out.index_add_(0, rows, y.mul_(scale[s:t]))
             if keep:
                 kept.append(h)
@@ -322,22 +318,44 @@ class _ExpertMLP(torch.autograd.Function):
         gx, gw = torch.zeros_like(x), torch.zeros_like(weight).reshape(-1)
         ga1, gb1, ga2, gb2 = (None if f is None else torch.zeros_like(f) for f in (a1, b1, a2, b2))
         for (e, s, t, up, down, lora1, lora2), h in zip(_ExpertMLP.walk(ctx, x.dtype, a1, b1, a2, b2), kept, strict=True):
-            rows = token[s:t]
-            with torch.enable_grad():  # the gate is the model's own function, so autograd differentiates it
-                h = h.detach().requires_grad_()
-                gated = ctx.module._apply_gate(h)
-            a = gated.detach()
-            seed1, seed2 = ctx.seed + 2 * e, ctx.seed + 2 * e + 1
-            # The routing weight w stands behind `down`. Leaving it out of the gradient and putting it on the input gives
-            # ∂L/∂(w·a) in one pass, from which both ∂L/∂w = ⟨·, a⟩ and ∂L/∂a = w·(·) follow.
-            w = scale[s:t]
-            into2 = None if lora2 is None else (ga2[e], gb2[e])
-            g_wa = _linear_backward(grad[rows], a * w, down, e, lora2, into2, seed2)
-            gw[order[s:t]] = (g_wa * a).sum(-1).to(gw.dtype)
-            (gh,) = torch.autograd.grad(gated, h, g_wa.mul_(w))
-            into1 = None if lora1 is None else (ga1[e], gb1[e])
-            gx.index_add_(0, rows, _linear_backward(gh, x[rows], up, e, lora1, into1, seed1))
+            rows, w, seed = token[s:t], scale[s:t], ctx.seed + 2 * e
+            # The routing weight w is left out of the large gradients and put on thin or small tensors instead. So ∂L/∂w is
+            # ⟨g, a⟩ with the g at hand, and no tensor as wide as the experts has to be multiplied by it.
+            g = grad[rows]
+            g_a = _into_input(g, down, e)
+            if lora2 is not None:
+                through = _thin(g, lora2.B).mul_(lora2.scale)
+                g_a = _add_dropped(g_a, through, lora2, seed + 1)
+                into_b = h.new_empty(len(h), len(lora2.A))
+            gh = torch.empty_like(h)
+            for block in _row_blocks(h, whole=lora2 is not None and lora2.dropout > 0):
+                with torch.enable_grad():  # the gate is the model's own function, so autograd differentiates it
+                    part = h[block].detach().requires_grad_()
+                    gated = ctx.module._apply_gate(part)
+                a = gated.detach()
+                gw[order[s:t][block]] = torch.bmm(g_a[block].unsqueeze(1), a.unsqueeze(2)).flatten().to(gw.dtype)
+                (gh[block],) = torch.autograd.grad(gated, part, g_a[block])
+                if lora2 is not None:
+                    a = _dropout(a, lora2.dropout, seed + 1)
+                    into_b[block] = _thin(a, lora2.A.T)
+                    ga2[e].addmm_((through[block] * w[block]).T, a)
+            if lora2 is not None:
+                gb2[e] = _thin(g.T, into_b.mul_(lora2.scale * w))
+            del g_a
+            into_x = _into_input(gh, up, e).mul_(w)
+            if lora1 is not None:
+                through = _thin(gh, lora1.B).mul_(lora1.scale * w)
+                into_x = _add_dropped(into_x, through, lora1, seed)
+                dropped = _dropout(x[rows], lora1.dropout, seed)
+                gb1[e] = _thin(gh.T, _thin(dropped, lora1.A.T).mul_(lora1.scale * w))
+                ga1[e] = through.T @ dropped
+            gx.index_add_(0, rows, into_x)
         return None, gx, None, gw.view_as(weight), ga1, gb1, ga2, gb2, None, None
+
+
+def _add_dropped(gx: Tensor, through: Tensor, lora: _Adapter, seed: int) -> Tensor:
+    """gx + through·A, with the mask that dropout had on the input: it is a product with it, so its gradient is too."""
+    return gx.add_(_dropout(through @ lora.A, lora.dropout, seed)) if lora.dropout else gx.addmm_(through, lora.A)
 
 
 def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -229,3 +229,76 @@ def router_playground_panel() -> Panel:
     controls = (scale, experts, shift, dtype)
     rows = (ipywidgets.HBox([scale, shift]), ipywidgets.HBox([experts, dtype]))
     return _live(controls, lambda: router_playground_page(*(c.value for c in controls)), rows)
+
+
+# -------------------------------------------------------------------------------------------------------- NF4 explorer
+
+NF4_SHAPES = ("normal", "uniform", "heavy tails")
+
+
+def nf4_explorer(outlier: float = 0.0, blocksize: int = 64, shape: str = "normal", double_quant: bool = True) -> dict:
+    """What NF4 does to 4,096 random weights of standard deviation 1, the first of which is `outlier` (0: left as drawn).
+
+    `levels` (16) and `shares` (16): how often each is used; `bits` a weight, with scales; `scale` of the first block; `zeros`:
+    share of its other weights that became 0; `error` and `error_there`: root mean square error of all weights, and of those
+    other weights of the first block.
+    """
+    import bitsandbytes.functional as bnbf
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(4096, generator=g)
+    if shape == "uniform":
+        weights = (torch.rand(4096, generator=g) - 0.5) * math.sqrt(12)
+    elif shape == "heavy tails":  # the product of two normal numbers: variance 1, kurtosis 9
+        weights = weights * torch.randn(4096, generator=g)
+    if outlier:
+        weights[0] = outlier
+    blocks = weights.view(-1, blocksize)
+    scales = blocks.abs().amax(1, keepdim=True)
+    levels = bnbf.get_4bit_type("nf4", device="cpu")
+    codes = (blocks / scales).unsqueeze(-1).sub(levels).abs().argmin(-1)
+    if double_quant:
+        mean = scales.mean()
+        small, state = bnbf.quantize_blockwise((scales - mean).flatten(), blocksize=256)
+        scales = (bnbf.dequantize_blockwise(small, state) + mean).view(-1, 1)
+    values = levels[codes] * scales
+    off = (values - blocks).square()
+    return {
+        "levels": levels.tolist(),
+        "shares": (torch.bincount(codes.flatten(), minlength=16) / 4096).tolist(),
+        "bits": 4 + (8 / blocksize + 32 / (blocksize * 256) if double_quant else 32 / blocksize),
+        "scale": scales[0].item(),
+        "zeros": (values[0, 1:] == 0).float().mean().item(),
+        "error": off.mean().sqrt().item(),
+        "error_there": off[0, 1:].mean().sqrt().item(),
+    }
+
+
+def nf4_page(outlier: float = 0.0, blocksize: int = 64, shape: str = "normal", double_quant: bool = True) -> str:
+    """`nf4_explorer` as a bar chart in text, and the numbers below it."""
+    r = nf4_explorer(outlier, blocksize, shape, double_quant)
+    first = f", the first set to {outlier:g}" if outlier else ""
+    lines = [f"4,096 weights, {shape}, standard deviation 1{first}; blocks of {blocksize}", "", " level   share"]
+    top = max(r["shares"])
+    for level, share in zip(r["levels"], r["shares"], strict=True):
+        lines.append(f"{level:+.3f}  {share:6.1%}  {'█' * round(40 * share / top)}")
+    lines += [
+        "",
+        f"bits a weight           {r['bits']:.3f}   (bf16: 16)",
+        f"error of all weights    {r['error']:.3f}   of their standard deviation",
+        f"scale of block 1        {r['scale']:.2f}",
+        f"error of its others     {r['error_there']:.3f}   {r['zeros']:.0%} of them became 0",
+    ]
+    return "\n".join(lines)
+
+
+def nf4_panel() -> Panel:
+    """Move an outlier through the first block, change the block size, the distribution, and how scales are stored."""
+    outlier = ipywidgets.FloatSlider(value=0, min=0, max=40, step=1, description="outlier")
+    blocksize = ipywidgets.Dropdown(options=[32, 64, 128, 256, 1024, 4096], value=64, description="block")
+    shape = ipywidgets.Dropdown(options=NF4_SHAPES, description="weights")
+    double = ipywidgets.Checkbox(value=True, description="double quantisation")
+    controls = (outlier, blocksize, shape, double)
+    rows = (ipywidgets.HBox([outlier, blocksize]), ipywidgets.HBox([shape, double]))
+    return _live(controls, lambda: nf4_page(*(c.value for c in controls)), rows)

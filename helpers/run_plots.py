@@ -137,7 +137,8 @@ class LiveTraining:
     def __init__(self, share: float = 0.01, seconds: float = 5.0, clock=time.monotonic):
         self.share, self.seconds, self.clock = share, seconds, clock
         self.handle, self.begun = None, None
-        self.spent = self.last = self.longest = 0.0
+        self.spent = self.last = 0.0
+        self.longest = 0.3  # a guess, until there is a measured one
         self.drawn = 0
 
     @property

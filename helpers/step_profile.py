@@ -10,48 +10,16 @@ from __future__ import annotations
 
 import time
 import warnings
-import weakref
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import losses
+from helpers.budget import LiveBytes
 from helpers.experts import is_experts
 from helpers.quantization import router_recorders
-
-
-class LivePeak(TorchDispatchMode):
-    """Peak of the bytes of tensor storages that are made while it is active and are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def ignore(self, *tensors: torch.Tensor) -> None:
-        self.known.update(t.untyped_storage()._cdata for t in tensors)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def _parts(model: nn.Module) -> dict[nn.Module, str]:
@@ -163,9 +131,7 @@ def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int 
             parts["head and loss"] = {"forward": whole["head"], "backward": 0.0}
             parts["optimizer"] = {"forward": whole["optimizer"], "backward": 0.0}
             best = {"total": total, "seconds": parts}
-    peak = LivePeak()
-    peak.ignore(*model.parameters(), *model.buffers(), *batch.values())
-    with peak:
+    with LiveBytes() as peak:
         _step(model, batch, None)
     optimizer.zero_grad()
     adapters = sum(p.nbytes for p in trained)

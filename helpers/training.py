@@ -19,9 +19,9 @@ import accelerate
 import torch
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
-from helpers import qlora, resume
+from helpers import budget, qlora, resume
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
-from helpers.environment import hardware, versions
+from helpers.environment import gpu_memory_gib, hardware, host_memory_gib, versions
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.profiles import Profile
 from helpers.quantization import audit, load_4bit
@@ -177,9 +177,20 @@ class _Run:
             "a smaller profile",
         ]
         raise torch.OutOfMemoryError(
-            f"{first}. Profile {p.name} at micro-batch {self.micro_batch} does not fit (peak so far {memory_gib():.1f} GiB). "
-            f"In this order: {'; '.join(filter(None, smaller))}"
+            f"{first}. Profile {p.name} at micro-batch {self.micro_batch} does not fit (peak so far {memory_gib():.1f} GiB; "
+            f"{self._budgeted()}). In this order: {'; '.join(filter(None, smaller))}"
         )
+
+    def _budgeted(self) -> str:
+        """What the budget says to this run, and to the memory that is there."""
+        p = self.profile
+        model = budget.of_profile(p)
+        options = {"checkpointing": p.gradient_checkpointing, "dropout": p.lora_dropout}
+        need = budget.estimate(model, self.micro_batch, p.context, **options).peak / budget.GIB
+        gib = gpu_memory_gib() or host_memory_gib()
+        fitting = budget.suggest(model, gib, **options) if gib else None
+        most = f", and that {gib:.1f} GiB hold {fitting[0]} x {fitting[1]:,}" if fitting else ""
+        return f"the budget expects {need:.1f} GiB for {self.micro_batch} x {p.context:,} tokens{most}"
 
     @property
     def accumulation(self) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from helpers import losses
+from helpers.budget import LiveBytes
 from helpers.data import build_corpus
 from helpers.tokens import IGNORED, Collator
 from tests.small_runs import STORIES
@@ -64,30 +62,6 @@ def test_a_trained_head_is_refused():
         losses.linear_cross_entropy(h, w.requires_grad_(), y)
 
 
-class Peak(TorchDispatchMode):
-    """Most bytes that were alive at once, of tensors made while it is active."""
-
-    def __init__(self, *known: torch.Tensor):
-        super().__init__()
-        self.now = self.most = 0
-        self.known = {t.untyped_storage()._cdata for t in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
-                size = tensor.untyped_storage().nbytes()
-                self.known.add(key)
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
-        return out
-
-    def _gone(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
 def test_its_memory_is_below_a_tenth_of_the_naive_one():
     """2,048 tokens, 8,000 words: every tensor of loss and logits, forward and backward, is counted."""
     h, w, y = case(2048, 16, 8000)
@@ -96,9 +70,9 @@ def test_its_memory_is_below_a_tenth_of_the_naive_one():
         lambda: F.cross_entropy(F.linear(h, w).float(), y, reduction="sum"),
         lambda: losses.linear_cross_entropy(h, w, y),
     ):
-        with Peak(h, w, y) as peak:
+        with LiveBytes() as live:
             function().backward()
-        peaks.append(peak.most)
+        peaks.append(live.peak)
     assert peaks[0] >= 2 * 2048 * 8000 * 4, "naive: logits and their gradient at least"
     assert peaks[1] <= 0.1 * peaks[0]
 

@@ -211,7 +211,7 @@ def test_out_of_memory_advises_or_halves_the_micro_batch(base, tmp_path):
         torch.OutOfMemoryError, match=r"Tried to allocate 3.00 GiB.*micro-batch 4 does not fit.*--shrink"
     ) as caught:
         train(base, tmp_path / "small", profile, callbacks=[SmallGpu()])
-    assert "more" not in str(caught.value)
+    assert "more" not in str(caught.value) and "the budget expects" in str(caught.value)
     plain = train(base, tmp_path / "large", profile)
     shrunk = train(base, tmp_path / "small", profile, callbacks=[SmallGpu()], shrink=True)
     assert (shrunk.facts["micro_batch"], shrunk.facts["accumulation"]) == (1, 8)

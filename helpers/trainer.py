@@ -198,7 +198,10 @@ class Interruptible(TrainerCallback):
         print("\nstopping after this step …", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
+        asked = self.asked
+        if args.world_size > 1:  # all stop at the same step, or they would wait for each other for ever
+            asked = bool(accelerate.utils.reduce(torch.tensor(float(asked), device=args.device), "sum"))
+        if asked:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from helpers import length_stats as stats
 from helpers.evaluation import CONDITIONS, DEEP, FIRST, LengthTable, row_of
-from helpers.generation import Progress, Prompt, Sampling, reply_stops
+from helpers.generation import Progress, Prompt, Sampling, reply_stops, steady
 from helpers.lengths import LENGTHS, count_words, length_class, word_range
 from helpers.prompts import Lengths, generation_segments, response_header
 from helpers.replies import recorded_replies
@@ -203,9 +203,8 @@ def reply_perplexity(model, tokenizer, stories: Sequence[Story]) -> Rows:
     import torch
 
     totals: dict[str, Counter] = {name: Counter() for name in LENGTHS}
-    device, was_training = model.device, model.training
-    model.eval()
-    with torch.inference_mode():
+    device = model.device
+    with steady(model), torch.inference_mode():
         for story in stories:
             own = [length_class(m.text) for m in story.replies]
             for kind, lengths in (("with", own), ("without", None)):
@@ -217,7 +216,6 @@ def reply_perplexity(model, tokenizer, stories: Sequence[Story]) -> Rows:
                     totals[name][kind] += sum(loss[i] for i in span)
                     totals[name]["tokens"] += len(span) if kind == "with" else 0
                     totals[name]["replies"] += kind == "with"
-    model.train(was_training)
     rows = []
     for name, t in totals.items():
         if t["replies"]:

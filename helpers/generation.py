@@ -11,6 +11,7 @@ draw that lies that close to a border falls to the other side).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import time
@@ -156,9 +157,7 @@ def iterate_replies(
     prompts = numbered(prompts)
     work = [_expected_words(p.length) + 4 for p in prompts]
     done, worked, began = 0, 0, time.monotonic()
-    was_training = model.training
-    model.eval()
-    try:
+    with steady(model):
         for chunk in _chunks(prompts):
             cache, mask = _prefill(model, [prefix for prefix, _ in chunk])
             members = sorted((work[i], len(prompts[i].ids), i, row) for row, (_, group) in enumerate(chunk) for i in group)
@@ -174,8 +173,6 @@ def iterate_replies(
                     yield i, reply
                 if progress:
                     progress(done, len(prompts), (time.monotonic() - began) * (sum(work) - worked) / worked)
-    finally:
-        model.train(was_training)
 
 
 def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
@@ -184,11 +181,9 @@ def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sa
     What may turn out to be the beginning of a stop string is held back until it is decided.
     """
     sampling = sampling or Sampling()
-    was_training = model.training
-    model.eval()
     rows = _Rows(tokenizer, [prompt], sampling, model)
     shown = 0
-    try:
+    with steady(model):
         cache, mask = _prefill(model, [prompt.ids[:-1]])
         for _ in _decode(model, cache, mask, [0], [len(prompt.ids) - 1], rows):
             text = tokenizer.decode(rows.tokens[0], skip_special_tokens=True).lstrip()
@@ -199,8 +194,6 @@ def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sa
         rest = rows.replies()[0].text[shown:]
         if rest:
             yield rest
-    finally:
-        model.train(was_training)
 
 
 def numbered(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -220,6 +213,24 @@ def stream_seed(prompt: Prompt, seed: int) -> int:
     """The seed of a row's random stream, from its prompt, its sample number and the run's seed."""
     digest = hashlib.blake2b(repr((seed, prompt.ids, prompt.sample)).encode(), digest_size=7)
     return int.from_bytes(digest.digest(), "little")
+
+
+@contextlib.contextmanager
+def steady(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and one thread for a small model on a CPU; both as before afterwards.
+
+    Products of small matrices are too short to be shared out: two threads mostly wait for each other, and for every other
+    program on the machine.
+    """
+    was_training, threads = model.training, torch.get_num_threads()
+    model.eval()
+    try:
+        if model.device.type == "cpu" and model.config.hidden_size < 1024:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        model.train(was_training)
 
 
 def print_progress(done: int, total: int, seconds_left: float) -> None:

@@ -255,6 +255,12 @@ def test_replies_arrive_as_batches_finish_with_the_time_left(model, tokenizer, p
 
 def test_the_model_is_left_as_it_was(model, tokenizer, prompts):
     model.train()
-    generate_replies(model, tokenizer, prompts[:1], SHORT)
-    assert model.training
-    model.eval()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        inside = []
+        generate_replies(model, tokenizer, prompts[:1], SHORT, progress=lambda *a: inside.append(torch.get_num_threads()))
+        assert model.training and torch.get_num_threads() == 2 and inside == [1], "small products are not shared out"
+    finally:
+        torch.set_num_threads(threads)
+        model.eval()

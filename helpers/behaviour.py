@@ -196,7 +196,7 @@ def verbosity(table: LengthTable, stories: Sequence[Story], condition: str | Non
 
 
 def reply_perplexity(model, tokenizer, stories: Sequence[Story]) -> Rows:
-    """Perplexity of people's own replies, by class, with every reply's right modifier and with none anywhere.
+    """Perplexity of the conversations' own replies, by class, with every reply's right modifier and with none anywhere.
 
     Perplexity is exp of the mean negative log-likelihood of a reply's tokens and its end, in nats a token.
     """

@@ -34,7 +34,7 @@ def about_adapter(table: LengthTable) -> list[Conclusion]:
         ("replies are in the class asked for", "in_class", 0.60),
         ("replies are within one class of it", "within_one", 0.88),
     ]
-    found = [Conclusion(f"{where}: {claim}", f"{s[key]:.2f}", f">= {goal:.2f}", s[key] >= goal) for claim, key, goal in counted]
+    found = [Conclusion(f"{where}: {claim}", f"{s[key]:.3f}", f">= {goal:.2f}", s[key] >= goal) for claim, key, goal in counted]
     rising, top = s["rising_medians"], s["top_three_separated"]
     return [
         *found,

@@ -53,7 +53,7 @@ def plot_lengths(table: LengthTable) -> Figure:
     if natural:
         middle = natural[len(natural) // 2]
         axes.axhline(middle, color=BLACK, ls=":", lw=1)
-        axes.text(-0.45, middle * 1.05, "median of people's own replies", fontsize=8, va="bottom")
+        axes.text(-0.45, middle * 1.05, "median of the conversations' own replies", fontsize=8, va="bottom")
     axes.set_title(
         f"{table.label}, reply {table.reply + 1}: dots replies, boxes quartiles with median, diamonds means with 95 % interval"
     )
@@ -137,7 +137,7 @@ def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figur
 
 
 def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity of people's own replies by class, with their modifiers and without."""
+    """Perplexity of the conversations' own replies by class, with their modifiers and without."""
     figure, axes = new_figure(8.5, 3.2)
     for kind, (colour, marker) in zip(("without", "with"), (LOOKS[1], LOOKS[0]), strict=True):
         axes.plot([r[kind] for r in rows], marker + "-", color=colour, label=f"{kind} the right modifier")

@@ -72,6 +72,6 @@ def test_the_committed_results_hold_together():
         for control in ("shuffled labels", "base model", "random adapter"):
             assert abs(tables[control].statistics["spearman"]) < 0.2, control
     said = {c["claim"]: c for c in main["conclusions"]}
-    rho = f"{main['tables']['first']['statistics']['spearman']:.2f}"
-    assert said["reply 1: single replies follow the modifier (Spearman)"]["measured"] == rho
+    rho = main["tables"]["first"]["statistics"]["spearman"]
+    assert float(said["reply 1: single replies follow the modifier (Spearman)"]["measured"]) == pytest.approx(rho, abs=0.006)
     assert all(len(c["replies"]) == 22 and c["replies"][0]["text"] for c in main["texts to read"])

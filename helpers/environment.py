@@ -271,4 +271,5 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends an optional package with each import
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

@@ -6,6 +6,7 @@ nbconvert makes the pages. What is added: a navigation bar, links that lead to p
 
 from __future__ import annotations
 
+import base64
 import json
 import posixpath
 import re
@@ -68,7 +69,7 @@ def formulas_to_mathml(markdown: str) -> str:
 
 
 def links_to_pages(markdown: str, source: str) -> str:
-    """Relative links of a file in the repository: to the page made of their target, else to the file in the repository."""
+    """Relative links of a file in the repository: to the page made of their target, else to the file there; pictures inside."""
     url, ref = repository.address()
 
     def lead(match: re.Match[str]) -> str:
@@ -76,6 +77,8 @@ def links_to_pages(markdown: str, source: str) -> str:
         if not target or re.match(r"[a-z]+:", target):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if path.endswith(".png"):
+            return f"{match[1]}data:image/png;base64,{base64.b64encode((ROOT / path).read_bytes()).decode()})"
         there = PAGES[path][0] if path in PAGES else f"{url}/blob/{ref}/{path}"
         return f"{match[1]}{there}{'#' + fragment if fragment else ''})"
 

@@ -216,13 +216,14 @@ class _Run:
         keeper = resume.Checkpoints(run_dir, self.wanted, log)
         interruptible = Interruptible()
         ours = [interruptible, *([StopAfter(stop_after)] if stop_after else []), *callbacks]
+        named = enumerate(zip(corpus.rows, corpus.names, strict=True))
+        rows = [{**row, "number": n, "stories": names} for n, (row, names) in named]
+        if args.world_size > 1:
+            rows = filled(rows, args.world_size * self.micro_batch, pad)
         trainer = CourseTrainer(
             model=model,
             args=args,
-            train_dataset=[
-                {**row, "number": n, "stories": names}
-                for n, (row, names) in enumerate(zip(corpus.rows, corpus.names, strict=True))
-            ],
+            train_dataset=rows,
             data_collator=NumberedCollator(pad),
             router_losses=handle,
             log=log,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from helpers import environment, tokens
+from helpers import environment
 from helpers.resume import MARK
 from tests import small_runs
 
@@ -75,8 +75,7 @@ def kill_somewhere(child: int, folder: Path, rng: random.Random) -> str:
 
 def main(base: str, folder: str, kills: str, seed: str) -> None:
     environment.quiet()
-    tokens.PACKING_EFFORT = 0  # this and the garbage collection would be most of a child's time
-    gc.freeze()
+    gc.freeze()  # or the children would spend most of their time on collecting garbage
     folder, rng = Path(folder) / "run", random.Random(int(seed))
     report: dict = {"plain": os.waitstatus_to_exitcode(os.waitpid(start(Path(base), folder.with_name("plain")), 0)[1])}
 

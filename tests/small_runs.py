@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
+from unittest.mock import patch
 
+from helpers import tokens
 from helpers.profiles import PROFILES, Profile
 from helpers.tiny_stories import labelled_story
 
@@ -17,6 +20,7 @@ def make_base(folder: Path, **config) -> Path:
 
     from helpers.tiny import HOME, tiny_config
 
+    gc.freeze()  # each run collects garbage, and need not look at all that has been imported
     tokenizer = AutoTokenizer.from_pretrained(HOME)
     torch.manual_seed(0)
     MixtralForCausalLM(tiny_config(len(tokenizer), hidden=64, layers=1, intermediate=64, **config)).save_pretrained(folder)
@@ -42,6 +46,6 @@ def small_profile(base: Path, **changes) -> Profile:
 def train(base: Path, folder: Path, profile: Profile | None = None, **kwargs):
     from helpers import training
 
-    return training.train(
-        profile or small_profile(base), STORIES, folder, **{"progress": None, "log_every": 3, "held_out": [], **kwargs}
-    )
+    settings = {"progress": None, "log_every": 3, "held_out": [], **kwargs}
+    with patch.object(tokens, "PACKING_EFFORT", 0):  # a second of looking for a better packing, in every run
+        return training.train(profile or small_profile(base), STORIES, folder, **settings)

@@ -37,6 +37,9 @@ PANELS = {
     f"widgets.story_browser(load_stories({str(ROOT / 'data_samples' / 'heldout')!r}))",
     "prompt builder": "widgets.prompt_builder()",
     "router playground": "widgets.router_playground_panel()",
+    "nf4 explorer": "widgets.nf4_panel()",
+    "reply explorer": "from helpers import eval_widgets, experiment\n"
+    "eval_widgets.reply_explorer(experiment.recorded()['variants']['seed 42']['texts to read'])",
 }
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -154,3 +157,25 @@ def test_router_playground(panel):
     assert "all experts alike: ln 2" in second
     step(panel, 1)
     assert "+ 0.5, stored in bfloat16" in changed(panel, second)
+
+
+@pytest.mark.parametrize("panel", ["nf4 explorer"], indirect=True)
+def test_nf4_explorer(panel):
+    first = shown(panel)
+    assert "bits a weight           4.127" in first
+    step(panel, 0)
+    second = changed(panel, first)
+    assert "the first set to 1;" in second
+    panel.locator(".widget-checkbox input").first.uncheck()
+    assert "bits a weight           4.500" in changed(panel, second)
+
+
+@pytest.mark.parametrize("panel", ["reply explorer"], indirect=True)
+def test_reply_explorer(panel):
+    first = shown(panel)
+    assert first.count("length = medium, ") == 2
+    step(panel, 0)
+    second = changed(panel, first)
+    assert second.count("length = long, ") == 2
+    panel.locator(".widget-dropdown select").first.select_option(index=1)
+    assert changed(panel, second).count("length = long, ") == 2

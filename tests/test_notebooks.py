@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import nbformat
 import pytest
@@ -81,3 +82,33 @@ def test_it_ends_with_what_was_seen_and_is_not_too_large(notebook):
     assert any("What we saw" in h for h in headings)
     assert any("assert " in c.source for c in code_cells(notebook)), "a claim that nothing checks"
     assert len(nbformat.writes(notebook)) < 1_500_000
+
+
+EXERCISE = re.compile(r"### Exercise: (.+) \((easy|medium|hard), importance (★☆☆|★★☆|★★★), \d+ minutes\)")
+
+
+def exercises(notebook):
+    """Heading → the cells below it, up to the next heading."""
+    found, current = {}, None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            title = cell.source.splitlines()[0]
+            current = found.setdefault(title, []) if title.startswith("### Exercise") else None
+        if current is not None:
+            current.append(cell)
+    return found
+
+
+def test_exercises_are_whole_and_their_checks_know_the_usual_mistakes(notebook):
+    """A stub, a folded hint and solution, and a check that takes the reference and refuses at least three mistakes."""
+    found = exercises(notebook)
+    assert len(found) >= 3
+    for title, cells in found.items():
+        assert EXERCISE.fullmatch(title), title
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        assert "<details><summary>Hint</summary>" in text and "<details><summary>Solution</summary>" in text, title
+        codes = [c for c in cells if c.cell_type == "code"]
+        assert any("return None  # your code here" in c.source for c in codes), f"{title}: no stub"
+        said = "".join(o.get("text", "") for c in codes for o in c.outputs)
+        _, _, mistakes = said.partition("ypical mistakes" if "ypical mistakes" in said else "usual mistakes")
+        assert len([line for line in mistakes.splitlines()[1:] if len(line.split()) >= 5]) >= 3, f"{title}: {said}"

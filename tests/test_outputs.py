@@ -53,7 +53,8 @@ def test_most_cells_are_compared(name):
     committed = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     shown = [c for c in committed.cells if c.cell_type == "code" and outputs.texts(c)]
     varying = [c for c in shown if outputs.TAG in c.metadata.get("tags", [])]
-    assert len(varying) <= len(shown) / 3
+    sampled = name.startswith("05")  # nearly all of it is about replies of a model that was trained on this machine
+    assert len(varying) <= len(shown) * (0.7 if sampled else 1 / 3)
     changed = copy.deepcopy(committed)
     for cell in changed.cells:
         if cell.cell_type == "code":

@@ -6,6 +6,9 @@ import importlib.util
 import json
 import re
 
+import nbformat
+import pytest
+
 from helpers.course import NOTEBOOKS
 from helpers.profiles import PROFILES, ROOT
 
@@ -38,6 +41,13 @@ def test_the_recorded_effect_is_there_and_the_control_does_not_show_it():
     adapter, deep, base = (tables[k]["statistics"] for k in ("1-adapter", "2-adapter-deep", "3-base"))
     assert adapter["spearman"] >= 0.7 and adapter["spearman_p"] < 1e-6 and deep["spearman"] >= 0.5
     assert abs(base["spearman"]) <= 0.15
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_a_notebook_takes_is_what_was_recorded(name):
+    results = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))
+    first = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source
+    assert recorder().with_needs(results, name, first) == first, "run benchmarks/record_course.py"
 
 
 def test_every_module_notebook_and_profile_is_named():

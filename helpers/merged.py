@@ -12,12 +12,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from helpers.qlora import _deltas, _merged, _plain_name
+from helpers.qlora import _deltas, _plain_name, merged_value
 
 INDEX = "model.safetensors.index.json"
 
@@ -57,7 +56,7 @@ def save_merged(
             size = 0
 
     for name, empty in plain.named_parameters():
-        value = _value(empty, sources[name], deltas.pop(name, []))
+        value = merged_value(empty, sources[name], deltas.pop(name, []))
         for key, tensor in revert_weight_conversion(plain, {name: value}).items():
             bytes_ = tensor.numel() * tensor.element_size()
             if waiting and size + bytes_ > max_shard_bytes:
@@ -81,14 +80,3 @@ def save_merged(
     base.generation_config.save_pretrained(partial)
     partial.rename(folder)
     return sorted(folder.glob("*.safetensors"))
-
-
-def _value(empty: torch.Tensor, source: torch.Tensor, factors: list) -> torch.Tensor:
-    value = torch.empty(empty.shape, dtype=empty.dtype, device=source.device)
-    if factors or isinstance(source, Params4bit):
-        rows = value if value.ndim == 3 else value.unsqueeze(0)
-        for e, matrix in enumerate(_merged(source, factors)):
-            rows[e].copy_(matrix)
-    else:
-        value.copy_(source)
-    return value

@@ -297,6 +297,18 @@ def _merged(weight: torch.Tensor, factors: list[experts.Factors]) -> Iterator[to
         yield matrix
 
 
+def merged_value(empty: torch.Tensor, source: torch.Tensor, factors: list) -> torch.Tensor:
+    """One parameter, packed or not, with the adapters on it added in fp32, in the shape and type of `empty`."""
+    value = torch.empty(empty.shape, dtype=empty.dtype, device=source.device)
+    if factors or isinstance(source, Params4bit):
+        rows = value if value.ndim == 3 else value.unsqueeze(0)
+        for e, matrix in enumerate(_merged(source, factors)):
+            rows[e].copy_(matrix)
+    else:
+        value.copy_(source)
+    return value
+
+
 @torch.no_grad()
 def merge(model: PeftModel, dtype: torch.dtype | str = torch.bfloat16) -> PreTrainedModel:
     """A plain model of the same class in `dtype`: every weight dequantised, with its active adapters added.
@@ -314,14 +326,7 @@ def merge(model: PeftModel, dtype: torch.dtype | str = torch.bfloat16) -> PreTra
         plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
     sources = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
     for name, empty in list(plain.named_parameters()):
-        source, factors = sources[name], deltas.pop(name, [])
-        value = torch.empty(empty.shape, dtype=empty.dtype, device=source.device)
-        if factors or isinstance(source, Params4bit):
-            rows = value if value.ndim == 3 else value.unsqueeze(0)
-            for e, matrix in enumerate(_merged(source, factors)):
-                rows[e].copy_(matrix)
-        else:
-            value.copy_(source)
+        value = merged_value(empty, sources[name], deltas.pop(name, []))
         _set(plain, name, nn.Parameter(value, requires_grad=False))
     if deltas:
         raise ValueError(f"adapters on {sorted(deltas)} have no parameter to be merged into")

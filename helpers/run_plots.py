@@ -1,4 +1,4 @@
-"""Figures of a training run and its evaluation: they read log rows, audit tables and length tables."""
+"""Figures of a training run: they read log rows and audit tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from helpers.lengths import LENGTHS, word_range
+from helpers.lengths import LENGTHS
 from helpers.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, finish, new_figure
-
-if TYPE_CHECKING:
-    from helpers.evaluation import LengthTable
 
 Rows = Sequence[dict[str, Any]]
 
@@ -242,63 +239,3 @@ def plot_adapter_norms(norms: dict[str, float]) -> Figure:
     axes.grid(False)
     figure.colorbar(image, ax=axes)
     return finish(figure, "Norm of lora_B by part and layer; every part has moved away from zero.")
-
-
-# ------------------------------------------------------------------------------------------ evaluation (notebook 05)
-
-
-def plot_length_table(tables: Sequence[LengthTable]) -> Figure:
-    """Words of single replies by asked length, one colour and marker a table; grey boxes are the classes' own ranges."""
-    figure, axes = new_figure(11, 4.4)
-    conditions = [*LENGTHS, None]
-    for x, name in enumerate(LENGTHS):
-        low, high = word_range(name)
-        axes.fill_between([x - 0.45, x + 0.45], low - 0.5, (high or 300) + 0.5, color="#dddddd", zorder=0, lw=0)
-    looks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
-    width = 0.7 / len(tables)
-    for k, (table, (colour, marker)) in enumerate(zip(tables, looks, strict=False)):
-        shift = (k - (len(tables) - 1) / 2) * width
-        for x, condition in enumerate(conditions):
-            words = table.words(condition)
-            spread = [x + shift + width * 0.5 * ((i * 0.618) % 1 - 0.5) for i in range(len(words))]
-            axes.plot(spread, [max(w, 0.7) for w in words], marker, color=colour, ms=2.5, alpha=0.35, mew=0)
-        rows = [r for c in conditions for r in table.rows if r["length"] == (c or "(none)")]
-        medians = [max(r["median"], 0.7) for r in rows]
-        axes.plot(
-            [x + shift for x in range(len(rows))],
-            medians,
-            marker,
-            color=colour,
-            mec="white",
-            ms=8,
-            label=f"{table.label}: median",
-        )
-    natural = sorted(tables[0].natural)
-    axes.axhline(natural[len(natural) // 2], color=BLACK, ls=":", lw=1, label="median of the conversations' own replies")
-    axes.set(yscale="log", ylabel="words in the reply", xticks=range(len(conditions)), ylim=(0.6, 400))
-    axes.set_xticklabels([c or "(none)" for c in conditions], rotation=20)
-    axes.set_yticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
-    axes.legend(fontsize=8, loc="upper left")
-    text = "; ".join(f"{t.label}: Spearman {t.statistics['spearman']:+.2f}" for t in tables)
-    return finish(figure, f"Words of replies by asked length. {text}")
-
-
-def plot_class_matrix(table: LengthTable) -> Figure:
-    """Share of replies of each asked class (rows) that fell into each class (columns)."""
-    from helpers.lengths import length_class
-
-    shares = []
-    for asked in LENGTHS:
-        got = [length_class("x " * w) for w in table.words(asked)]
-        shares.append([got.count(c) / len(got) for c in LENGTHS])
-    figure, axes = new_figure(7.2, 4.2)
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    for y, row in enumerate(shares):
-        for x, value in enumerate(row):
-            if value >= 0.05:
-                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else BLACK)
-    axes.set(xlabel="class of the reply", ylabel="class asked for", xticks=range(10), yticks=range(10), yticklabels=LENGTHS)
-    axes.set_xticklabels(LENGTHS, rotation=45, ha="right")
-    axes.grid(False)
-    figure.colorbar(image, ax=axes, label="share of replies")
-    return finish(figure, f"Asked and obtained class, {table.label}: {table.statistics['in_class']:.0%} on the diagonal")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2",
@@ -24,7 +26,12 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = (
     "#F0E442",
     "#000000",
 )
+INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE = {
+    # Dark ink on an opaque page, whatever the editor's theme has set: a transparent figure cannot be read on a dark page.
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
+    **dict.fromkeys(INK, BLACK),
+    "grid.color": "#b0b0b0",
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "font.size": 10,
@@ -181,6 +188,31 @@ def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int])
     )
 
 
+def plot_prompt(pieces: Sequence, width: int = 128, lines: int = 3) -> Figure:
+    """A formatted story as one band for each of its pieces (`prompts.segments`): what is only read, and what is trained."""
+    bands = []
+    for piece in pieces:
+        wrapped = [part for line in piece.text.strip().splitlines() for part in textwrap.wrap(line, width) or [""]]
+        if len(wrapped) > lines:
+            wrapped = [*wrapped[: lines - 1], f"… ({len(piece.text):,} characters in all)"]
+        bands.append((wrapped, piece))
+    figure, axes = new_figure(9.0, 0.5 + sum(0.22 * len(wrapped) + 0.14 for wrapped, _ in bands))
+    top = 0.0
+    for wrapped, piece in bands:
+        height = len(wrapped) + 0.6
+        look = dict(facecolor=SKY, hatch="//", alpha=0.35) if piece.trained else dict(facecolor="#eeeeee")
+        axes.add_patch(Rectangle((0, top), 1, height, edgecolor="white", lw=2, **look))
+        box = dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.85) if piece.trained else None
+        text = "\n".join(wrapped).replace("$", r"\$")
+        axes.text(0.01, top + height / 2, text, va="center", family="monospace", fontsize=7.5, bbox=box)
+        axes.text(1.01, top + height / 2, "trained" if piece.trained else "read", va="center", fontsize=9)
+        top += height
+    axes.set(xlim=(0, 1), ylim=(top, 0), title="One story as the model meets it.  Hatched: the loss falls on these tokens")
+    axes.axis("off")
+    trained = sum(piece.trained for piece in pieces)
+    return finish(figure, f"A prompt in {len(pieces)} pieces; {trained} of them, the replies of the character, are trained.")
+
+
 def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], context: int | None = None) -> Figure:
     """One strip per setting: which tokens carry loss, and (triangles) where the end-of-sequence tokens are.
 
@@ -252,6 +284,52 @@ def plot_attention_blocks(position_ids: Sequence[int]) -> Figure:
 # ------------------------------------------------------------------------------------ routers and experts (notebook 03)
 
 EXPERT_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK)
+
+
+def _box(axes, x: float, y: float, text: str, width: float, height: float = 0.12, fill: str = "white", **look) -> None:
+    """A labelled box of a diagram, centred on (x, y)."""
+    look = {"edgecolor": BLACK, "lw": 1.2} | look
+    axes.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=fill, **look))
+    ground = dict(facecolor="white", edgecolor="none", pad=1.2, alpha=0.85) if look.get("hatch") else None
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=ground)
+
+
+def _arrow(axes, start: tuple[float, float], end: tuple[float, float], **look) -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": BLACK, "lw": 1.2, "shrinkA": 0, "shrinkB": 0} | look)
+
+
+def plot_moe_layer(logits: Sequence[float], top_k: int = 2) -> Figure:
+    """One token's way through a Mixture-of-Experts layer, computed from its router logits, and where the two losses look."""
+    largest = max(logits)
+    total = sum(math.exp(x - largest) for x in logits)
+    shares = [math.exp(x - largest) / total for x in logits]
+    chosen = sorted(sorted(range(len(logits)), key=lambda e: -shares[e])[:top_k])
+    weights = {e: shares[e] / sum(shares[c] for c in chosen) for e in chosen}
+    z = (largest + math.log(total)) ** 2
+    figure, axes = new_figure(9.0, 3.9)
+    _box(axes, 0.06, 0.5, "one token's\nhidden state", 0.12, 0.16)
+    _box(axes, 0.22, 0.5, f"router\n{len(logits)} logits", 0.12, 0.16, SKY)
+    _box(axes, 0.40, 0.5, f"softmax,\ntop {top_k}", 0.12, 0.16, SKY)
+    _box(axes, 0.93, 0.5, "weighted\nsum", 0.12, 0.16)
+    for start, end in ((0.12, 0.16), (0.28, 0.34)):
+        _arrow(axes, (start, 0.5), (end, 0.5))
+    for e, (logit, share) in enumerate(zip(logits, shares, strict=True)):
+        y = 0.95 - 0.9 * e / max(1, len(logits) - 1)
+        used = e in weights
+        look = dict(fill=ORANGE, hatch="//") if used else dict(edgecolor="#999999")
+        _box(axes, 0.65, y, f"expert {e}:  logit {logit:+.1f}, share {share:.0%}", 0.31, 0.09, **look)
+        if used:
+            _arrow(axes, (0.46, 0.5), (0.494, y))
+            _arrow(axes, (0.806, y), (0.87, 0.5))
+            axes.text(0.845, y, f"× {weights[e]:.2f}", fontsize=9, va="center")
+    for x, title, what in ((0.22, "z-loss", f"logsumexp² = {z:.1f}"), (0.40, "balancing loss", "even over tokens?")):
+        _box(axes, x, 0.1, f"{title}\n{what}", 0.165, 0.16, edgecolor=RED, ls="--")
+        _arrow(axes, (x, 0.42), (x, 0.18), color=RED, ls="--")
+    axes.set(xlim=(-0.01, 1), ylim=(0, 1.02), title="A Mixture-of-Experts layer, and the two losses on its router (dashed)")
+    axes.axis("off")
+    said = " and ".join(f"expert {e} with weight {w:.2f}" for e, w in weights.items())
+    return finish(figure, f"One token through a router and {len(logits)} experts: {said} run; the z-loss looks at the logits, "
+                          "the balancing loss at the choices.")  # fmt: skip
 
 
 def plot_router_plane(panels: dict[str, tuple[Sequence, Sequence, Sequence[int]]]) -> Figure:

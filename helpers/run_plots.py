@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from helpers.lengths import LENGTHS
 from helpers.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, finish, new_figure
 
 Rows = Sequence[dict[str, Any]]
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}  # keeps a text readable on a hatch
 
 # --------------------------------------------------------------------------------------------- 4 bit (notebook 04)
 
@@ -35,6 +37,46 @@ def plot_nf4(levels: Sequence[float], normal: Sequence[float], counts: Sequence[
     right.set(xlabel="code", ylabel="share of weights", title="How often each code is used", xticks=range(0, 16, 3))
     right.legend(fontsize=8)
     return finish(figure, "NF4 levels are dense around 0; real expert weights use the 16 codes as normal numbers do.")
+
+
+def plot_qlora_layer(table: Rows, experts: int = 8, shown: int = 4) -> Figure:
+    """What is trained and what is frozen in one layer; bits a weight by part from an audit table (`Audit.table`)."""
+    figure, (left, right) = new_figure(10, 3.4, columns=2, width_ratios=(1.5, 1))
+    bits = {row["part"]: row["bits/weight"] for row in table if row["part"] != "all"}
+    packed = {row["part"]: row["4-bit"] > 0.99 for row in table}
+
+    def weight(x: float, y: float, width: float, text: str, part: str) -> None:
+        left.add_patch(Rectangle((x, y), width, 0.18, facecolor=SKY, hatch="//" if packed[part] else "", edgecolor="white"))
+        left.text(x + width / 2, y + 0.09, text, ha="center", va="center", fontsize=8, bbox=LABEL)
+
+    def lora(x: float, y: float) -> None:
+        left.add_patch(Rectangle((x, y), 0.012, 0.18, facecolor=RED))
+        left.add_patch(Rectangle((x + 0.016, y), 0.05, 0.03, facecolor=RED))
+
+    for i, name in enumerate(("q", "k", "v", "o")):
+        weight(0.25 * i, 0.78, 0.15, name, "attention")
+        lora(0.25 * i + 0.16, 0.78)
+    weight(0.0, 0.47, 0.15, "router", "router")
+    left.text(0.2, 0.56, "decides which experts run; has the losses of notebook 3", va="center", fontsize=8)
+    for i in range(shown):
+        weight(0.25 * i, 0.16, 0.15, f"expert {i if i < shown - 1 else experts - 1}", "experts")
+        lora(0.25 * i + 0.16, 0.16)
+    left.text(0.25 * shown - 0.29, 0.02, f"… {experts} experts a layer", fontsize=8)
+    left.add_patch(Rectangle((0.0, 0.0), 0.012, 0.08, facecolor=RED))
+    left.text(0.03, 0.02, "LoRA factors A and B: trained", fontsize=8)
+    left.set(xlim=(-0.01, 1), ylim=(0, 1.0), title="One layer.  Hatched: frozen, NF4")
+    left.axis("off")
+    parts = list(bits)
+    for y, part in enumerate(parts):
+        hatch = "//" if packed[part] else ""
+        right.barh(y, bits[part], color=RED if part == "adapters" else SKY, hatch=hatch, edgecolor="white")
+        right.text(bits[part], y, f" {bits[part]:.1f}", va="center", fontsize=8)
+    right.set(yticks=range(len(parts)), yticklabels=parts, xlabel="bits a weight (hatched: 4 bit)", title="In the recorded run")
+    right.invert_yaxis()
+    right.margins(x=0.15)
+    right.grid(False, axis="y")
+    said = ", ".join(f"{part} {value:.1f}" for part, value in bits.items())
+    return finish(figure, f"Frozen 4-bit attention and experts with trained LoRA factors beside them; bits a weight: {said}.")
 
 
 def plot_audit(tables: dict[str, Rows]) -> Figure:
@@ -78,7 +120,7 @@ def plot_audit(tables: dict[str, Rows]) -> Figure:
 def plot_training(rows: Rows, title: str = "") -> Figure:
     """By step: loss with that on held-out stories, gradient norm and learning rate, routers; expert load; speed and memory."""
     steps = [r["step"] for r in rows]
-    figure, grid = new_figure(13, 5.6, rows=2, columns=3)
+    figure, grid = new_figure(11, 5.8, rows=2, columns=3)
     loss, rate, router, load, over_time, machine = grid.flat
     loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3, label="training")
     if held := [r for r in rows if "held_out" in r]:
@@ -89,7 +131,7 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     loss.set(ylabel="nats a token", title=f"loss on the character's replies {title}")
     rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
     _beside(rate, steps, [r["learning_rate"] for r in rows], GREEN, "learning rate (right)")
-    rate.set(ylabel="gradient norm", title="gradient norm and learning rate", ylim=(0, None))
+    rate.set(ylabel="gradient norm", title="gradient norm and learning rate")
     router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
     router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
@@ -100,21 +142,22 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
     _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "row of the log", "layer")
     machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens a second")
+    machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
     if all("memory_gib" in r for r in rows):
         _beside(machine, steps, [r["memory_gib"] for r in rows], RED, "memory, GiB (right)")
-    machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
     text = f"Training run to step {steps[-1]}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
     return finish(figure, f"{text}, with gradient norm, learning rate, router losses, expert load by layer, speed and memory.")
 
 
 def _beside(axes, xs: Sequence[float], ys: Sequence[float], colour: str, label: str) -> None:
-    """A second curve with its own scale at the right, and one legend for both."""
+    """A second curve with its own scale at the right, and one legend for both in the room above them."""
     twin = axes.twinx()
     twin.plot(xs, ys, color=colour, ls="--", label=label)
-    twin.set_ylim(0, None)
+    for scale in (axes, twin):
+        scale.set_ylim(0, 1.4 * scale.get_ylim()[1])
     twin.grid(False)
     lines = axes.get_lines() + twin.get_lines()
-    axes.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="lower right")
+    axes.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper right")
 
 
 def _heat(figure: Figure, axes, table, title: str, xlabel: str, ylabel: str) -> None:
@@ -167,7 +210,7 @@ class LiveTraining:
 
 def plot_router_pair(runs: dict[str, Rows]) -> Figure:
     """z-loss, router entropy and loss by step for runs that differ in one setting. runs: name → log rows."""
-    figure, grid = new_figure(12, 3.2, columns=3)
+    figure, grid = new_figure(10, 3.2, columns=3)
     looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"))
     for (name, rows), (colour, marker, line) in zip(runs.items(), looks, strict=False):
         steps = [r["step"] for r in rows]
@@ -197,7 +240,7 @@ def plot_held_out(first: dict[str, float], last: dict[str, float]) -> Figure:
 
 def plot_step_profile(profile: dict[str, Any]) -> Figure:
     """Where a step's time and memory go. profile: of `step_profile.profile_step`."""
-    figure, (time_axes, memory_axes) = new_figure(12, 3.2, columns=2)
+    figure, (time_axes, memory_axes) = new_figure(10, 3.2, columns=2)
     parts = profile["seconds"]
     total = sum(sum(p.values()) for p in parts.values())
     for (kind, colour, hatch), left in zip((("forward", SKY, ""), ("backward", BLUE, "//")), (None, "forward"), strict=True):

@@ -132,9 +132,8 @@ def _train(options) -> int:
         stories = load_stories(options.stories, problems)
         for problem in problems or ():
             print(f"left out: {problem}", file=sys.stderr)
-    result = training.train(
-        profile, stories, options.output, resume=not options.no_resume, log_every=options.log_every, shrink=options.shrink
-    )
+    changes = {"log_every": options.log_every, "shrink": options.shrink, "attention": options.attention}
+    result = training.train(profile, stories, options.output, resume=not options.no_resume, **changes)
     if not result.finished:
         say(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
         return 130
@@ -241,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--accumulation", type=int, help="forward passes of a process for one step; halve it for two GPUs")
     train.add_argument("--log-every", type=int, default=10, help="steps from one row of log.jsonl to the next")
     train.add_argument("--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, twice")
+    train.add_argument("--attention", help="sdpa, eager, flex_attention or flash_attention_2; default: the best there is")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)
 

@@ -320,3 +320,17 @@ class Collator:
             batch["position_ids"][b, n:] = torch.arange(width - n)
             batch["valid"][b, :n] = True
         return batch
+
+
+def document_bounds(position_ids) -> dict:
+    """Where the documents of a batch (B, T) begin and end, as FlashAttention's keyword arguments for variable lengths.
+
+    transformers finds packed documents by itself for flash attention only in a batch of one row: in a batch of several they
+    would see each other, without a warning. Given these, it looks at nothing else. The rows count as laid end to end.
+    """
+    import torch
+
+    starts = torch.nonzero(position_ids.flatten() == 0).flatten()  # every row begins with a document
+    bounds = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+    longest = int(position_ids.max()) + 1
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

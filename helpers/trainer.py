@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from helpers import losses
 from helpers.profiles import Profile
 from helpers.router_losses import RouterLosses
 from helpers.run_log import Log, merge
-from helpers.tokens import IGNORED, Collator
+from helpers.tokens import IGNORED, Collator, document_bounds
 
 
 def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> TrainingArguments:
@@ -103,6 +104,8 @@ class CourseTrainer(Trainer):
         handle.valid = valid
         scaler = getattr(self.accelerator, "scaler", None)
         handle.loss_scale = (scaler.get_scale() if scaler is not None else 1.0) * self.args.world_size
+        if ALL_MASK_ATTENTION_FUNCTIONS.get(self.model.config._attn_implementation) is flash_attention_mask:  # which is none
+            inputs |= document_bounds(inputs["position_ids"])
         outputs = None
         if self.fused and not return_outputs:
             loss = losses.completion_loss(model, inputs, labels, self.model)

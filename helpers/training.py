@@ -17,7 +17,11 @@ from typing import Any
 
 import accelerate
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
 
 from helpers import budget, qlora, resume
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
@@ -35,6 +39,7 @@ __all__ = [
     "CourseTrainer",
     "TrainingResult",
     "arguments",
+    "choose_attention",
     "load_result",
     "prepare_model",
     "print_progress",
@@ -62,10 +67,70 @@ class TrainingResult:
         return self.run_dir / "adapter"
 
 
-def prepare_model(profile: Profile):
-    """The profile's base model in audited 4 bit with fresh adapters."""
+def choose_attention(kind: type, dtype: torch.dtype | str, asked: str | None = None) -> tuple[str, str]:
+    """Which attention a model of class `kind` is trained with here (transformers' name for it), and why.
+
+    All give the same results on packed rows. SDPA needs a mask of rows × tokens² entries for them, cannot use its flash kernel
+    with it and multiplies the masked parts too; flex_attention and FlashAttention skip what lies between two documents. Without
+    a GPU it is always SDPA. Run so far: SDPA, eager, and flex_attention's forward pass, on CPUs. Not run: anything on a GPU, so
+    flex_attention is compared with SDPA there on a small example before it is taken.
+    """
+    if asked:
+        return asked, "asked for"
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return _best_attention(kind, dtype, capability, is_flash_attn_2_available(), flex_problem)
+
+
+def _best_attention(kind, dtype, capability: tuple[int, int] | None, flash: bool, problem) -> tuple[str, str]:
+    """`choose_attention` from what was found out: the GPU, whether flash-attn is installed, what is wrong with flex_attention."""
+    if capability is None:
+        return "sdpa", "there is no CUDA GPU"
+    if capability < (8, 0):
+        return "sdpa", f"the others need compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    half = str(dtype).removeprefix("torch.") in ("bfloat16", "float16")
+    if flash and half and kind._supports_flash_attn:
+        return "flash_attention_2", "the package flash-attn is installed"
+    if not kind._supports_flex_attn:
+        return "sdpa", f"flash-attn is not installed, and {kind.__name__} has no flex_attention"
+    if found := problem():
+        return "sdpa", f"flash-attn is not installed, and flex_attention fails here: {found}"
+    return "flex_attention", "flash-attn is not installed; flex_attention gives what SDPA gives"
+
+
+def flex_problem(device: str = "cuda") -> str | None:
+    """What is wrong with compiled flex_attention on this device, tried forward and backward on two documents; None if nothing is.
+
+    It is compiled when it is first called, which needs Triton and a C compiler.
+    """
+    document = torch.tensor([0] * 100 + [1] * 156, device=device)
+    x = torch.randn(3, 1, 2, 256, 64, device=device, generator=torch.Generator(device).manual_seed(0)).requires_grad_()
+
+    def together(_batch, _head, query, key):
+        return (query >= key) & (document[query] == document[key])
+
+    try:
+        mask = create_block_mask(together, None, None, 256, 256, device=device)
+        ours = torch.compile(flex_attention)(*x, block_mask=mask)
+        dense = (document[:, None] == document) & torch.ones(256, 256, dtype=torch.bool, device=device).tril()
+        theirs = F.scaled_dot_product_attention(*x, attn_mask=dense)
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)]
+        for a, b in ((ours, theirs), gradients):
+            if (a - b).norm() > 1e-2 * b.norm():  # a GPU may multiply in TF32
+                return "other results than SDPA"
+    except Exception as error:  # of Triton, of the compiler, of torch: each has its own
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _causal_lm(profile: Profile) -> type:
+    """The class of the profile's base model."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(profile.base_path))]
+
+
+def prepare_model(profile: Profile, attention: str = "sdpa"):
+    """The profile's base model in audited 4 bit with fresh adapters; `attention` as from `choose_attention`."""
     set_seed(profile.seed)  # LoRA's initial A is random
-    model = load_4bit(profile.base_path, dtype=profile.dtype)
+    model = load_4bit(profile.base_path, dtype=profile.dtype, attn_implementation=attention)
     model.config.use_cache = False
     model = qlora.add_lora(
         model, profile.lora_r, profile.lora_alpha, profile.lora_dropout, experts=profile.lora_experts, router=profile.lora_router
@@ -86,6 +151,7 @@ def train(
     held_out: Sequence[Labelled] | None = None,
     shrink: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    attention: str | None = None,
 ) -> TrainingResult:
     """Train adapters; continue from the last checkpoint if there is one; return at once if the run is finished.
 
@@ -94,11 +160,12 @@ def train(
     evaluation loss in the log is measured on (None: the profile's; empty: nothing). `shrink`: when the GPU's memory does not
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
     the same, so without dropout the trajectory does too, to rounding (one process only: of several, each would wait).
+    `attention`: transformers' name of one, instead of what `choose_attention` finds.
 
     ValueError for a folder with another run, other settings or damaged checkpoints; OSError if it cannot be written;
     FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
     """
-    run = _Run.begin(profile, stories, Path(output_dir), resume)
+    run = _Run.begin(profile, stories, Path(output_dir), resume, attention)
     if isinstance(run, TrainingResult):
         return run
     while True:
@@ -119,9 +186,10 @@ class _Run:
     tokenizer: Any
     wanted: dict[str, Any]  # settings
     micro_batch: int  # of now: smaller than the profile's after a lack of memory
+    attention: str | None = None  # None: the best there is
 
     @classmethod
-    def begin(cls, profile: Profile, stories, run_dir: Path, go_on: bool) -> _Run | TrainingResult:
+    def begin(cls, profile: Profile, stories, run_dir: Path, go_on: bool, attention: str | None) -> _Run | TrainingResult:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / ".writable").touch()
@@ -142,7 +210,7 @@ class _Run:
         if (run_dir / "result.json").exists():
             return load_result(run_dir)
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        run = cls(profile, run_dir, corpus, tokenizer, wanted, before.get("micro_batch", profile.micro_batch))
+        run = cls(profile, run_dir, corpus, tokenizer, wanted, before.get("micro_batch", profile.micro_batch), attention)
         run.note()
         return run
 
@@ -204,7 +272,10 @@ class _Run:
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
         main = args.process_index == 0
         checkpoint = resume.last_good(run_dir, self.wanted, say=print if main else lambda _text: None)
-        model = prepare_model(profile)
+        attention, why = choose_attention(_causal_lm(profile), profile.dtype, self.attention)
+        if main and (self.attention or torch.cuda.is_available()):  # elsewhere there is nothing to choose
+            print(f"attention: {attention} ({why})", flush=True)
+        model = prepare_model(profile, attention)
         report = audit(model).check()
         handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -275,6 +346,7 @@ class _Run:
             "quantization": model.config.quantization_config.to_dict(),
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
+            "attention": model.config._attn_implementation,
             "seconds": total_seconds(log.rows),
             "tokens_per_second": log.rows[-1]["tokens_per_second"],
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,

@@ -1,0 +1,195 @@
+"""Packed rows through every attention that is there: equal results, and no document sees another."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, MixtralForCausalLM, OlmoeForCausalLM
+from transformers.masking_utils import flash_attention_mask
+
+from helpers import losses, training
+from helpers.data import build_corpus
+from helpers.router_losses import attach_router_losses
+from helpers.tokens import Collator, Encoded, document_bounds, packed_row
+from helpers.trainer import CourseTrainer, NumberedCollator
+from tests import small_runs
+from tests.small_runs import STORIES, small_profile, train
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARLEN = "varlen_by_hand"
+LIBRARY = ["eager", "sdpa", "flex_attention"]
+
+
+def by_hand(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What FlashAttention does with given bounds: rows end to end, one product a document. It needs a GPU, this does not."""
+    assert attention_mask is None
+    rows, heads, width, size = query.shape
+    groups, sizes = heads // key.shape[1], [width] * rows
+    if "cu_seq_lens_q" in kwargs:  # the trainer tries out the head without
+        assert torch.equal(kwargs["cu_seq_lens_k"], kwargs["cu_seq_lens_q"]) and kwargs["cu_seq_lens_q"].dtype == torch.int32
+        sizes = [b - a for a, b in pairwise(kwargs["cu_seq_lens_q"].tolist())]
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(sizes)
+    flat = [x.transpose(1, 2).reshape(rows * width, -1, size) for x in (query, key, value)]
+    flat[1:] = [x.repeat_interleave(groups, 1) for x in flat[1:]]
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), is_causal=True, scale=scaling).transpose(0, 1)
+        for part in zip(*(x.split(sizes) for x in flat), strict=True)
+    ]
+    return torch.cat(parts).view(rows, width, heads, size), None
+
+
+AttentionInterface.register(VARLEN, by_hand)
+AttentionMaskInterface.register(VARLEN, flash_attention_mask)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_runs.make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def batch(base):
+    from transformers import AutoTokenizer
+
+    rows = build_corpus(STORIES, AutoTokenizer.from_pretrained(base), 512).numbered()[:2]
+    made = NumberedCollator(0, multiple=128)(rows)
+    assert len(made["input_ids"]) == 2 and ((made["position_ids"] == 0).sum(1) > 2).all(), "two rows of several documents"
+    return {k: v.to(DEVICE) for k, v in made.items()}
+
+
+def loaded(base, name):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=name).to(DEVICE)
+    assert model.config._attn_implementation == name
+    return model.requires_grad_(False)
+
+
+def given(batch, name):
+    """What the model of an attention is given, as in the trainer."""
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
+    return inputs | document_bounds(batch["position_ids"]) if name == VARLEN else inputs
+
+
+@torch.no_grad()
+def logits(base, name, batch):
+    return loaded(base, name)(**given(batch, name), use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", [*LIBRARY, VARLEN])
+def test_a_packed_document_is_computed_as_if_it_were_alone(base, batch, name):
+    """Against the plain model, one document at a time: no packing, no mask."""
+    found, alone = logits(base, name, batch), loaded(base, "eager")
+    for row, (ids, positions) in enumerate(zip(batch["input_ids"], batch["position_ids"], strict=True)):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for a, b in pairwise(starts):
+            with torch.no_grad():
+                wanted = alone(ids[None, a:b], use_cache=False).logits[0]
+            torch.testing.assert_close(found[row, a:b], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*LIBRARY, VARLEN])
+def test_a_changed_document_changes_itself_alone(base, batch, name):
+    positions = batch["position_ids"]
+    start, end = (positions[0] == 0).nonzero().flatten()[1:3].tolist()
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, start] = (changed["input_ids"][0, start] + 7) % 100 + 3
+    difference = (logits(base, name, batch) - logits(base, name, changed)).abs().amax(-1)
+    assert (difference[0, start:end] > 1e-6).float().mean() > 0.9, "what follows in the document notices"
+    difference[0, start:end] = 0
+    assert difference.max() < 1e-6
+
+
+def test_flash_attention_without_bounds_would_mix_documents():
+    """Why the trainer gives them: transformers looks for packed documents only in a batch of one row."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    assert _is_packed_sequence(packed, 1) and not _is_packed_sequence(packed.repeat(2, 1), 2)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention", VARLEN])
+def test_loss_and_gradients_of_a_training_batch_are_those_of_eager(base, batch, name, tmp_path):
+    found = []
+    for attention in ("eager", name):
+        model = training.prepare_model(small_profile(base, lora_dropout=0.0), attention).to(DEVICE)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # B starts at zero, and then A gets no gradient
+                    parameter.normal_(0, 0.02, generator=torch.Generator(DEVICE).manual_seed(parameter.numel()))
+        handle = attach_router_losses(model, 1e-3, 1e-3)
+        args = training.arguments(small_profile(base), tmp_path)
+        trainer = CourseTrainer(model=model, args=args, train_dataset=[], router_losses=handle)
+        try:
+            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(50))
+            loss.backward()
+        except NotImplementedError as error:
+            assert name == "flex_attention" and DEVICE == "cpu"
+            pytest.skip(f"forward only: {error}")
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (other, others) = found
+    assert abs(loss / other - 1) < 1e-5 and gradients.keys() == others.keys() and len(gradients) == 2 * (4 + 2)
+    for key, gradient in gradients.items():
+        assert gradient.norm() > 0 and (gradient - others[key]).norm() <= 1e-4 * gradient.norm(), key
+
+
+def test_the_loss_through_flex_is_that_of_eager(base, batch):
+    """Its forward pass, where torch has no backward pass for it."""
+    found = []
+    for name in ("eager", "flex_attention"):
+        model = loaded(base, name)
+        with torch.no_grad():
+            found.append(losses.completion_loss(model, given(batch, name), batch["labels"], model).item())
+    assert abs(found[0] / found[1] - 1) < 1e-5
+
+
+def test_the_bounds_count_padding_as_a_document():
+    rows = [packed_row([Encoded([5] * n, [5] * n) for n in sizes]) for sizes in ((3, 2, 4), (6,))]
+    bounds = document_bounds(Collator(0, multiple=4)(rows)["position_ids"])
+    assert bounds["cu_seq_lens_q"].tolist() == [0, 3, 5, 9, 12, 18, 24]
+    assert bounds["max_length_q"] == 6
+
+
+# ---------------------------------------------------------------------------------------------------- which one
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "capability", "flash", "problem", "wanted"),
+    [
+        (MixtralForCausalLM, "bfloat16", None, True, None, "sdpa"),
+        (MixtralForCausalLM, "float16", (7, 5), True, None, "sdpa"),
+        (MixtralForCausalLM, "bfloat16", (8, 0), True, None, "flash_attention_2"),
+        (MixtralForCausalLM, torch.float32, (8, 0), True, None, "flex_attention"),
+        (MixtralForCausalLM, "bfloat16", (9, 0), False, None, "flex_attention"),
+        (MixtralForCausalLM, "bfloat16", (9, 0), False, "no compiler", "sdpa"),
+        (OlmoeForCausalLM, "bfloat16", (8, 9), True, None, "flash_attention_2"),
+        (OlmoeForCausalLM, "bfloat16", (8, 9), False, None, "sdpa"),
+    ],
+)
+def test_the_best_attention_that_is_there(kind, dtype, capability, flash, problem, wanted):
+    name, why = training._best_attention(kind, dtype, capability, flash, lambda: problem)
+    assert name == wanted and why and (problem is None or problem in why)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_it_is_sdpa_and_what_fails_is_one_line():
+    assert training.choose_attention(MixtralForCausalLM, "float32") == ("sdpa", "there is no CUDA GPU")
+    assert training.choose_attention(MixtralForCausalLM, "float32", "eager") == ("eager", "asked for")
+    problem = training.flex_problem("cpu")  # the trial takes gradients, which torch has no kernel for here
+    assert problem and "backward" in problem and "\n" not in problem
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flex_attention_runs_on_this_gpu():
+    assert training.flex_problem() is None
+
+
+def test_a_run_takes_the_attention_that_was_asked_for_and_says_so(base, tmp_path, capsys):
+    profile = small_profile(base, max_steps=3)
+    default, eager = train(base, tmp_path / "default", profile), train(base, tmp_path / "eager", profile, attention="eager")
+    assert "attention: eager (asked for)" in capsys.readouterr().out
+    for result, name in ((default, training.choose_attention(MixtralForCausalLM, "float32")[0]), (eager, "eager")):
+        assert json.loads((result.run_dir / "result.json").read_text())["attention"] == name
+    assert abs(default.history[-1]["loss"] - eager.history[-1]["loss"]) < 1e-4

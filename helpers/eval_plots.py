@@ -32,9 +32,12 @@ def _word_axis(axes, conditions: Sequence[str | None]) -> None:
     axes.grid(False, axis="x")
 
 
-def plot_lengths(table: LengthTable) -> Figure:
-    """Every reply as a dot, quartiles as a box, the mean with its 95 % interval; shaded: what each class means."""
-    figure, axes = new_figure(11, 4.6)
+def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figure:
+    """Every reply as a dot, quartiles as a box, the mean with its 95 % interval; shaded: what each class means.
+
+    Of `control`, the means and their intervals as squares.
+    """
+    figure, axes = new_figure(10, 4.4)
     conditions = table.conditions
     _word_axis(axes, conditions)
     for x, (c, row) in enumerate(zip(conditions, table.rows, strict=True)):
@@ -53,12 +56,23 @@ def plot_lengths(table: LengthTable) -> Figure:
     if natural:
         middle = natural[len(natural) // 2]
         axes.axhline(middle, color=BLACK, ls=":", lw=1)
-        axes.text(-0.45, middle * 1.05, "median of the conversations' own replies", fontsize=8, va="bottom")
+        axes.text(-0.45, middle * 0.95, "median of the conversations' own replies", fontsize=8, va="top")
     axes.set_title(
         f"{table.label}, reply {table.reply + 1}: dots replies, boxes quartiles with median, diamonds means with 95 % interval"
     )
-    means = ", ".join(f"{r['length']} {r['mean']:.0f}" for r in table.rows)
-    return finish(figure, f"Words of single replies by the length asked for, on a log axis. Means: {means}.")
+    text = f"Words of single replies by the length asked for, on a log axis. Means: {_means(table)}."
+    if control is not None:
+        places = [conditions.index(c) + 0.42 for c in control.conditions]
+        means = [r["mean"] for r in control.rows]
+        spread = [[r["mean"] - r["low"] for r in control.rows], [r["high"] - r["mean"] for r in control.rows]]
+        axes.errorbar(places, means, spread, fmt="s", color=PURPLE, mec=BLACK, ms=4, capsize=2, label=f"means, {control.label}")
+        axes.legend(loc="upper left", fontsize=9)
+        text += f" Of the {control.label}: {_means(control)}."
+    return finish(figure, text)
+
+
+def _means(table: LengthTable) -> str:
+    return ", ".join(f"{r['length']} {r['mean']:.0f}" for r in table.rows)
 
 
 def plot_class_matrix(table: LengthTable) -> Figure:

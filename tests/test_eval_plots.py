@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
+import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 
 from helpers import eval_plots
@@ -28,6 +32,28 @@ def test_lengths_shows_every_reply_and_the_ranges(tables):
     assert axes.get_yscale() == "log" and "micro 10" in figure.alt
     cut = [line for line in dots if line.get_marker() == "^"]
     assert sum(len(line.get_xydata()) for line in cut) == 1, "a reply that was cut off has its own mark"
+
+
+def test_lengths_shows_the_means_of_a_control_beside(tables):
+    alone, beside = eval_plots.plot_lengths(tables[0]), eval_plots.plot_lengths(tables[0], control=tables[1])
+    squares = [line for line in beside.axes[0].lines if line.get_marker() == "s"]
+    assert [y for line in squares for y in line.get_ydata()] == [r["mean"] for r in tables[1].rows]
+    assert beside.alt.startswith(alone.alt) and beside.alt.endswith("Of the test: " + eval_plots._means(tables[1]) + ".")
+
+
+def test_a_figure_is_dark_ink_on_an_opaque_page_whatever_the_theme_is(tables):
+    """A transparent figure cannot be read on a dark page; nor can one that an editor's dark theme drew, on a light one."""
+    png = []
+    for theme in ("default", "dark_background", {"figure.facecolor": (1, 1, 1, 0), "savefig.transparent": False}):
+        with plt.style.context(theme):
+            data, _ = eval_plots.plot_perplexity(
+                [{"length": "micro", "replies": 3, "with": 2.0, "without": 3.0}]
+            )._repr_mimebundle_()
+            png.append(data["image/png"])
+    assert png[0] == png[1] == png[2]
+    pixels = matplotlib.image.imread(io.BytesIO(png[0]))
+    assert (pixels[..., 3] == 1).all() and pixels[0, 0].tolist() == [1, 1, 1, 1]
+    assert (pixels[..., :3].max(axis=-1) < 0.2).sum() > 500, "the words are dark"
 
 
 def test_the_matrix_holds_shares(tables):

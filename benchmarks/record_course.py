@@ -1,4 +1,4 @@
-"""Record the course's own run: results JSON, the README's tables and what each notebook took, as its first cell says it.
+"""Record the course's own run: results JSON, the README's measured blocks and what each notebook took, as its first cell says it.
 
 python benchmarks/record_course.py            after `make notebooks`
 python benchmarks/record_course.py --readme   only renders the README from the committed JSON
@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "course-tiny.json"
 PICTURE = RESULTS.with_name("length-control.png")
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def record() -> dict:
@@ -37,7 +36,8 @@ def record() -> dict:
     course = json.loads((ROOT / "build" / "course.json").read_text(encoding="utf-8"))
     from helpers.eval_plots import plot_lengths
 
-    figure = plot_lengths(LengthTable.load(run / "evaluation" / "1-adapter.json"))
+    adapter, base_table = (LengthTable.load(run / "evaluation" / f"{name}.json") for name in ("1-adapter", "3-base"))
+    figure = plot_lengths(adapter, control=base_table)
     figure.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
     return {
         "picture": figure.alt,
@@ -56,12 +56,67 @@ def record() -> dict:
     }
 
 
-def render(results: dict) -> str:
-    """The README's results block."""
+def figure(results: dict, old: str) -> str:
+    """What the reader will have built: the picture, and the effect in one sentence."""
+    ours, base = (results["evaluation"][k]["statistics"] for k in ("1-adapter", "3-base"))
+    return "\n".join(
+        [
+            f"![{results['picture']}]({PICTURE.relative_to(ROOT).as_posix()})",
+            "",
+            f"*What you will have built: ask for a length and get it. Each dot is one of {ours['replies']} replies of the `tiny` "
+            "model, grey is what the word means. Spearman correlation between the length asked for and the words that came: "
+            f"**{ours['spearman']:+.2f}**; before the training: {base['spearman']:+.2f}.*",
+        ]
+    )
+
+
+def notebooks(results: dict, old: str) -> str:
+    """The table of the notebooks: the first two cells of a row are written by hand, the others are what was measured."""
+    runs = {
+        f.stem.removeprefix("course-"): json.loads(f.read_text(encoding="utf-8")) for f in RESULTS.parent.glob("course-*.json")
+    }
+    runs |= {"tiny": results}
+    machines = [f"{where(run)}, `{profile}`" for profile, run in runs.items()]
+    lines = ["| " + " | ".join(["notebook", "you learn", *machines]) + " |", "|---" * (2 + len(runs)) + "|"]
+    for row in re.findall(r"^\| \[\d\d .*$", old, flags=re.MULTILINE):
+        cells = [c.strip() for c in row.strip("|").split("|")][:2]
+        name = re.search(r"\(notebooks/(.+)\.ipynb\)", row)[1]
+        took = [run["notebooks"][name] for run in runs.values()]
+        lines.append(
+            "| " + " | ".join([*cells, *(f"{t['seconds'] / 60:.1f} min, {t['memory_gib']:.1f} GiB" for t in took)]) + " |"
+        )
+    whole = "; ".join(
+        f"{sum(t['seconds'] for t in run['notebooks'].values()) / 60:.0f} minutes with `{profile}` on {where(run)}, {run['date']}"
+        for profile, run in runs.items()
+    )
+    return "\n".join([*lines, "", f"Together: {whole}."])
+
+
+def where(run: dict) -> str:
+    machine = run["hardware"]
+    return f"{machine['cores']} CPU cores" if machine["device"] == "cpu" else machine["name"]
+
+
+def profiles(results: dict, old: str) -> str:
+    """What fits which device: the profiles, with the memory of a training step as `helpers.budget` estimates it."""
+    from helpers import budget
+    from helpers.profiles import PROFILES
+
+    lines = ["| profile | base model | chosen from | a training step needs | rows × tokens a step |", "|---|---|---|---|---|"]
+    for p in PROFILES.values():
+        peak = budget.estimate(p).peak / budget.GIB
+        chosen = f"{p.memory_gib:g} GiB of GPU memory" if p.memory_gib else "no GPU"
+        base = "a small Mixtral that ships with the course" if p.name == "tiny" else p.base.partition("/")[2] + f", {p.dtype}"
+        size = f"{p.micro_batch} × {p.context:,}" + (f", {p.accumulation} times" if p.accumulation > 1 else "")
+        lines.append(f"| `{p.name}` | {base} | {chosen} | {peak:.{1 if peak > 1 else 2}f} GiB | {size} |")
+    return "\n".join(lines)
+
+
+def outcome(results: dict, old: str) -> str:
+    """The length table, the run, and what the other benchmarks found."""
     tables = results["evaluation"]
     adapter, deep, base = (tables[k] for k in ("1-adapter", "2-adapter-deep", "3-base"))
-    lines = [f"![{results['picture']}]({PICTURE.relative_to(ROOT).as_posix()})", ""]
-    lines += ["| asked for | mean words | 95 % interval | in class | base model, mean words |", "|---|---|---|---|---|"]
+    lines = ["| asked for | mean words | 95 % interval | in class | base model, mean words |", "|---|---|---|---|---|"]
     for ours, theirs in zip(adapter["rows"], base["rows"], strict=True):
         share = "" if ours["in class"] is None else f"{ours['in class']:.0%}"
         lines.append(
@@ -69,66 +124,84 @@ def render(results: dict) -> str:
         )
     a, d, b = (t["statistics"] for t in (adapter, deep, base))
     experts = next(r for r in results["audit"] if r["part"] == "experts")
-    training, where = results["training"], results["hardware"]
-    what = "Spearman correlation between the class asked for and the words of a single reply"
+    training, machine = results["training"], results["hardware"]
+    took = training["seconds"] / 60
     versions = ", ".join(f"{k} {results['versions'][k]}" for k in ("torch", "transformers", "peft", "bitsandbytes"))
-    speed = f"{training['steps']} steps, {training['seconds'] / 60:.1f} minutes, {training['tokens_per_second']:,} tokens/s"
     lines += [
         "",
-        f"{what}: **{a['spearman']:+.2f}** at the first reply ({a['replies']} replies), **{d['spearman']:+.2f}** deep in the "
+        "* Spearman correlation between the class asked for and the words of a single reply: "
+        f"**{a['spearman']:+.2f}** at the first reply ({a['replies']} replies), **{d['spearman']:+.2f}** deep in the "
         f"conversation ({d['replies']}), **{b['spearman']:+.2f}** for the untouched base model. {a['within_one']:.0%} of replies "
         "are within one class of the one asked for.",
-        "",
-        f"{experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales. "
-        f"The run: {speed} on {where['cores']} cores ({where['name']}), with {versions}.",
+        f"* {experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales.",
+        f"* The run: {training['steps']} steps in {took:.1f} minutes, {training['tokens_per_second']:,} tokens/s.",
     ]
     data = json.loads((RESULTS.parent / "format-cpu.json").read_text(encoding="utf-8"))
     made, seconds, memory = data["result"], data["seconds"]["all"], data["peak memory, GB"]
     padded, packed = made["waste: padded to the longest"], made["waste: packed"]
     lines += [
-        "",
-        f"Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, "
+        f"* Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, "
         f"tokenised and packed in {seconds:.0f} s with {memory:.2f} GB of memory ({data['hardware']['cores']} cores), "
         f"{packed:.1%} of the packed places empty; padded to the longest {padded:.0%} (`benchmarks/format.py`).",
+        *peers(),
+        "",
+        f"Made on {results['date']} on {machine['cores']} cores ({machine['name']}), without a GPU, with {versions}.",
     ]
-    lines += ["", *peers(), "", "| notebook, profile `tiny` | minutes | memory |", "|---|---|---|"]
-    for name, took in results["notebooks"].items():
-        lines.append(f"| {name[:2]} | {took['seconds'] / 60:.1f} | {took['memory_gib']:.1f} GiB |")
-    lines += ["", f"Made on {results['date']} on {where['cores']} cores ({where['name']}), without a GPU."]
     return "\n".join(lines)
 
 
 def peers() -> list[str]:
-    """What the other benchmarks found, one line each."""
-    facts = {n: json.loads((RESULTS.parent / f"{n}.json").read_text("utf-8")) for n in ("training-cpu", "router-losses-cpu")}
-    lengths = json.loads((RESULTS.parent / "length-control-tiny.json").read_text(encoding="utf-8"))["variants"]
-    medium = facts["training-cpu"]["sizes"]["medium"]
-    compared = [
-        f"{times['speed_of_ours']:.1f} times as fast as {name} with {times['memory_of_ours']:.0%} of its memory"
-        for name, times in medium["variants"].items()
-        if name != "ours"
-    ]
-    experts = json.loads((RESULTS.parent / "experts-cpu.json").read_text(encoding="utf-8"))
-    share = max(times["share"] for times in facts["router-losses-cpu"]["times"].values())
-    rho = {name: v["tables"]["first"]["statistics"]["spearman"] for name, v in lengths.items()}
+    """What the other benchmarks found."""
+    names = ("experts-cpu", "length-control-tiny", "router-losses-cpu", "training-cpu")
+    experts, lengths, routers, training = (json.loads((RESULTS.parent / f"{n}.json").read_text("utf-8")) for n in names)
+    share = max(times["share"] for times in routers["times"].values())
+    rho = {name: v["tables"]["first"]["statistics"]["spearman"] for name, v in lengths["variants"].items()}
+    size, medium = experts["settings"], training["sizes"]["medium"]
     layer = [
-        f"{row['ours_takes']:.2f} of the time and {row['ours_needs']:.2f} of the memory of {name}"
+        f"| {name} | {row['ours_takes']:.2f} | {row['ours_needs']:.2f} |"
         for name, row in experts["results"].items()
         if "ours_needs" in row and not name.startswith("nf4")
     ]
-    size = experts["settings"]
+    step = [
+        f"| {name} | {1 / times['speed_of_ours']:.2f} | {times['memory_of_ours']:.2f} |"
+        for name, times in medium["variants"].items()
+        if name != "ours"
+    ]
     return [
-        f"One expert layer on CPU, forward and backward with LoRA (hidden {size['hidden']}, intermediate {size['intermediate']}, "
-        f"{size['tokens']:,} tokens, rank {size['rank']}) takes {'; '.join(layer)} (`benchmarks/experts.py`).",
-        "",
-        f"A whole training step on CPU ({medium['model']}): {'; '.join(compared)} (`benchmarks/training.py`).",
-        "",
-        f"The router losses take at most {share:.2%} of a training step (`benchmarks/router_losses.py`).",
-        "",
-        "Spearman at the first reply, 40 conversations (`benchmarks/length_control.py`): "
+        f"* The router losses take at most {share:.2%} of a training step (`benchmarks/router_losses.py`).",
+        "* Spearman at the first reply, 40 conversations (`benchmarks/length_control.py`): "
         + ", ".join(f"{name} {value:+.2f}" for name, value in rho.items())
         + ".",
+        "",
+        "Against other ways to train the same 4-bit experts, on CPU, we need this share of their time and memory:",
+        "",
+        "| for one expert layer, instead of | time | memory |",
+        "|---|---|---|",
+        *layer,
+        "",
+        "| for a whole training step, instead of | time | memory |",
+        "|---|---|---|",
+        *step,
+        "",
+        f"Layer: forward and backward with LoRA, hidden {size['hidden']:,}, intermediate {size['intermediate']:,}, "
+        f"{size['tokens']:,} tokens, rank {size['rank']} (`benchmarks/experts.py`). "
+        f"Step: {medium['model']} (`benchmarks/training.py`).",
     ]
+
+
+BLOCKS = {"figure": figure, "notebooks": notebooks, "profiles": profiles, "results": outcome}
+
+
+def with_results(readme: str, results: dict) -> str:
+    """The README with what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` renewed, for each of `BLOCKS`."""
+    for name, render in BLOCKS.items():
+        begin, end = (f"<!-- {name}: {place} -->\n" for place in ("begin", "end"))
+        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(end) < readme.index(begin):
+            raise ValueError(f"README.md: the lines {begin.strip()} and {end.strip()} must stand there once each, in this order")
+        head, rest = readme.split(begin)
+        old, tail = rest.split(end)
+        readme = f"{head}{begin}{render(results, old)}\n{end}{tail}"
+    return readme
 
 
 def needs(results: dict, name: str) -> str:
@@ -159,9 +232,7 @@ def write_notebooks(results: dict) -> None:
 
 def write_readme(results: dict) -> None:
     path = ROOT / "README.md"
-    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n{render(results)}\n{END}{tail}", encoding="utf-8")
+    path.write_text(with_results(path.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

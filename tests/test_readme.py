@@ -22,14 +22,42 @@ def recorder():
     return module
 
 
+def recorded() -> dict:
+    return json.loads(recorder().RESULTS.read_text(encoding="utf-8"))
+
+
 def test_the_results_are_rendered_from_the_committed_run():
-    record = recorder()
-    results = json.loads(record.RESULTS.read_text(encoding="utf-8"))
-    assert f"{record.BEGIN}\n{record.render(results)}\n{record.END}" in README, "run python benchmarks/record_course.py --readme"
+    assert recorder().with_results(README, recorded()) == README, "run python benchmarks/record_course.py --readme"
+
+
+def test_another_run_changes_each_measured_block():
+    record, results = recorder(), recorded()
+    for took in results["notebooks"].values():
+        took["seconds"] += 600
+    results["picture"] = "another"
+    results["evaluation"]["1-adapter"]["rows"][0]["mean"] = 777.7
+    new = record.with_results(README, results)
+    assert "![another](" in new and "| 777.7 |" in new and "| 10.4 min, 0.5 GiB |" in new
+    for name in NOTEBOOKS:
+        assert new.count(f"](notebooks/{name}.ipynb) | ") == README.count(f"](notebooks/{name}.ipynb) | ") == 1
+
+
+@pytest.mark.parametrize("line", ["<!-- figure: begin -->\n", "<!-- results: end -->\n"])
+def test_a_readme_without_its_marks_is_refused(line):
+    for broken in (README.replace(line, ""), README + line):
+        with pytest.raises(ValueError, match=line.split()[1]):
+            recorder().with_results(broken, recorded())
+
+
+def test_the_first_screen_says_what_it_is_how_to_start_and_what_it_takes():
+    order = ["# Fine-tuning", "](benchmarks/results/length-control.png)"]
+    order += ["make course ", "make test ", "| notebook | you learn |", "## Does it fit your GPU?", "## Results"]
+    places = [README.index(text) for text in order]
+    assert places == sorted(places) and README.count("\n", 0, places[4]) < 25
 
 
 def test_the_recorded_run_is_the_shipped_profiles():
-    results = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))
+    results = recorded()
     provenance = json.loads((ROOT / PROFILES["tiny"].base / "provenance.json").read_text())
     assert results["training"]["steps"] == PROFILES["tiny"].max_steps
     assert results["base"]["parameters"] == provenance["parameters"] and results["base"]["perplexity"] == provenance["perplexity"]
@@ -37,7 +65,7 @@ def test_the_recorded_run_is_the_shipped_profiles():
 
 
 def test_the_recorded_effect_is_there_and_the_control_does_not_show_it():
-    tables = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))["evaluation"]
+    tables = recorded()["evaluation"]
     adapter, deep, base = (tables[k]["statistics"] for k in ("1-adapter", "2-adapter-deep", "3-base"))
     assert adapter["spearman"] >= 0.7 and adapter["spearman_p"] < 1e-6 and deep["spearman"] >= 0.5
     assert abs(base["spearman"]) <= 0.15
@@ -45,7 +73,7 @@ def test_the_recorded_effect_is_there_and_the_control_does_not_show_it():
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_what_a_notebook_takes_is_what_was_recorded(name):
-    results = json.loads(recorder().RESULTS.read_text(encoding="utf-8"))
+    results = recorded()
     first = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source
     assert recorder().with_needs(results, name, first) == first, "run benchmarks/record_course.py"
 

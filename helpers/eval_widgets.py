@@ -61,29 +61,32 @@ def chat_panel(model, tokenizer, stories: Sequence[Story], sampling: Sampling | 
     send, again = ipywidgets.Button(description="say it"), ipywidgets.Button(description="another reply")
     box = ipywidgets.HTML()
 
-    def show(growing: str = "", note: str = "") -> None:
+    def show(*below: str) -> None:
         chat = chats[who.value]
-        parts = [chat.introduction(), "", chat.transcript(), growing, note]
-        text = "\n".join(p for p in parts if p or p == "")
+        text = "\n".join([chat.introduction(), "", chat.transcript(), *below])
         style = "white-space:pre-wrap;line-height:1.35;max-height:32em;overflow-y:auto;margin:0;padding:.6em"
         box.value = f'<pre style="{style}">{html.escape(text)}</pre>'
 
-    def stream(pieces_of) -> None:
+    def stream(pieces_of, said_now: Sequence[str] = ()) -> None:
         send.disabled = again.disabled = True
         try:
-            text = ""
-            for piece in pieces_of():
+            char, text = chats[who.value].story.names.character, ""
+            for piece in pieces_of():  # the chat keeps both messages when the reply has ended; until then they are shown here
                 text += piece
-                show(growing=text)
+                show(*said_now, f"{char}:", f"    {text}")
             said.value = ""
             show()
         except ValueError as error:  # the format's own sentences: an empty text, a header in it
-            show(note=f"[{error}]")
+            show(f"[{error}]")
         finally:
             send.disabled = again.disabled = False
 
+    def say(_) -> None:
+        chat = chats[who.value]
+        stream(lambda: chat.say(said.value, chosen()), (f"{chat.story.names.user}:", f"    {said.value}"))
+
     chosen = lambda: None if length.value == NO_MODIFIER else length.value  # noqa: E731
-    send.on_click(lambda _: stream(lambda: chats[who.value].say(said.value, chosen())))
+    send.on_click(say)
     again.on_click(lambda _: stream(lambda: chats[who.value].again()))
     who.observe(lambda _: show(), names="value")
     show()

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from helpers.lengths import LENGTHS
 from helpers.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, finish, new_figure
@@ -135,12 +136,14 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
     router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
-    router.set(title="routers", ylim=(0, None))
-    router.legend(fontsize=8)
+    router.set(title="routers", ylim=(0, 1.4 * router.get_ylim()[1]))
+    router.legend(fontsize=8, loc="upper right")
     _heat(figure, load, rows[-1]["load"], f"share of tokens by expert, step {steps[-1]}", "expert", "layer")
     # One column a row of the log would hide that early rows lie closer together; so the axis counts rows.
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
     _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "row of the log", "layer")
+    for axes in grid.flat:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens a second")
     machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
     if all("memory_gib" in r for r in rows):
@@ -163,6 +166,7 @@ def _beside(axes, xs: Sequence[float], ys: Sequence[float], colour: str, label: 
 def _heat(figure: Figure, axes, table, title: str, xlabel: str, ylabel: str) -> None:
     image = axes.imshow(table, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(False)
     figure.colorbar(image, ax=axes)
 

@@ -162,7 +162,11 @@ class _Guard(TrainerCallback):
         trainer.run_log.add(loss.item(), tokens, [n for n in rows.tolist() if n >= 0])
 
 
-_ADVICE = "The weights are untouched and the last checkpoint is good: resume with a lower learning rate, or look at those stories"
+# A run does not go on with other settings, so a lower learning rate needs a folder of its own.
+_ADVICE = (
+    "The weights are untouched and the last checkpoint is good: look at those stories, "
+    "or begin again with a lower learning rate in another folder"
+)
 
 
 def _named(trainer: Trainer, numbers: Sequence[int]) -> str:

@@ -294,7 +294,7 @@ class Collator:
     """Rows of `packed_row` → tensors (B, T), padded at the right to a multiple of `multiple` tokens.
 
     There is no attention mask on purpose: transformers isolates packed documents (block-diagonal attention) only when it
-    sees restarted positions and no mask. Padding is one more document whose labels are -100; `valid` (B, T) marks the
+    sees restarted positions, no mask and no cache. Padding is one more document whose labels are -100; `valid` (B, T) marks the
     real tokens for the router losses and is taken out of the batch before the model sees it.
     """
 

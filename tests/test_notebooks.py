@@ -112,3 +112,35 @@ def test_exercises_are_whole_and_their_checks_know_the_usual_mistakes(notebook):
         said = "".join(o.get("text", "") for c in codes for o in c.outputs)
         _, _, mistakes = said.partition("ypical mistakes" if "ypical mistakes" in said else "usual mistakes")
         assert len([line for line in mistakes.splitlines()[1:] if len(line.split()) >= 5]) >= 3, f"{title}: {said}"
+
+
+def test_the_folded_solution_can_take_the_place_of_the_stub(notebook):
+    """A solution under another name, or with other arguments, would be pasted in vain."""
+    for title, cells in exercises(notebook).items():
+        (stub,) = (
+            node
+            for c in cells
+            if c.cell_type == "code" and "return None  # your code here" in c.source
+            for node in ast.parse(c.source).body
+            if isinstance(node, ast.FunctionDef)
+        )
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        folded = text.partition("<summary>Solution</summary>")[2].partition("</details>")[0]
+        code = re.search(r"```python\n(.+?)```", folded, re.DOTALL)[1]
+        functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+        (solution,) = (f for f in functions if f.name == stub.name)
+        assert [a.arg for a in solution.args.args] == [a.arg for a in stub.args.args], title
+
+
+def test_it_opens_with_a_picture_of_what_it_builds(notebook):
+    """After the set-up, before anything else: nobody should have to scroll to learn what the work is for."""
+    first, second = code_cells(notebook)[:2]
+    assert "prepare_notebook" in first.source and len(second.source.splitlines()) <= 8
+    figure = next(o for o in second.outputs if "image/png" in o.get("data", {}))
+    assert len(figure.metadata["image/png"]["alt"].split()) > 8
+    text = notebook.cells[notebook.cells.index(second) - 1]
+    assert text.cell_type == "markdown" and "Where we are going" in text.source
+
+
+def test_there_are_eighteen_exercises_in_all():
+    assert sum(len(exercises(nbformat.read(path, as_version=4))) for path in PATHS.values()) >= 18

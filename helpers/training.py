@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ __all__ = [
     "train",
     "write_json",
 ]
+
+
+FSDP = (
+    "FSDP is not supported: accelerate leaves packed weights whole in every process, so only adapters would be shared out, "
+    "and on CPUs it silently makes a DDP run of it; start with --multi_gpu instead"
+)
 
 
 @dataclass(frozen=True)
@@ -269,6 +276,8 @@ class _Run:
         profile, run_dir, tokenizer, corpus = self.profile, self.run_dir, self.tokenizer, self.corpus
         current = dataclasses.replace(profile, micro_batch=self.micro_batch, accumulation=self.accumulation)
         args = arguments(current, run_dir, log_every)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ValueError(FSDP)
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
         main = args.process_index == 0
         checkpoint = resume.last_good(run_dir, self.wanted, say=print if main else lambda _text: None)
@@ -299,9 +308,6 @@ class _Run:
             router_losses=handle,
             log=log,
         )
-        if trainer.is_fsdp_enabled and measure:
-            log.measure = None
-            print("no held-out loss under FSDP: it calls the model outside of the training loop", flush=True)
         for callback in (*ours, log, keeper):  # behind the guard, which hands each step to the log
             trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)  # our log rows say more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from helpers.run_log import read_log
 from helpers.stories import save_stories
 from helpers.tokens import Collator
 from helpers.training import filled
-from tests import small_runs
+from tests import sharded_steps, small_runs
 
 
 def free_port() -> int:
@@ -63,6 +64,32 @@ def test_two_processes_make_the_steps_of_one_with_twice_the_accumulation(tmp_pat
     assert len(seen) == len(set(seen))
     for name, tensor in weights.items():
         assert (tensor - others[name]).norm() <= 1e-3 * tensor.norm() + 1e-7, name
+
+
+@pytest.mark.slow
+def test_sharded_adapters_make_the_steps_of_one_process(tmp_path):
+    """FSDP2 on the 4-bit model with adapters on experts and router, on two CPU processes, without accelerate."""
+    base = small_runs.make_base(tmp_path / "base")
+    sharded_steps.main(str(base), tmp_path / "1.json")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launch += ["tests/sharded_steps.py", str(base), str(tmp_path / "2.json")]
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert (one["sharded"], two["sharded"]) == (0, two["trainable"]) and two["trainable"] == 2 * (4 + 2 + 1)
+    losses = [loss for loss, _norm in one["steps"]]
+    assert losses[0] > losses[1] > losses[2], "the optimizer's steps arrive"
+    torch.testing.assert_close(torch.tensor(two["steps"]), torch.tensor(one["steps"]), rtol=1e-5, atol=0)
+
+
+def test_a_run_under_fsdp_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    base = small_runs.make_base(tmp_path / "base")
+    save_stories([story for story, _ in small_runs.STORIES[:8]], tmp_path / "stories.jsonl")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    command = ["train", "--profile", "tiny", "--base", str(base), "--stories", str(tmp_path / "stories.jsonl")]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 2
+    assert "error: FSDP is not supported" in capsys.readouterr().err
 
 
 def test_rows_are_filled_up_so_that_nothing_is_seen_twice():

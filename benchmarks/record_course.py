@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "course-tiny.json"
+NBSP = "\N{NO-BREAK SPACE}"
 PICTURE = RESULTS.with_name("length-control.png")
 
 
@@ -83,7 +84,9 @@ def notebooks(results: dict, old: str) -> str:
         name = re.search(r"\(notebooks/(.+)\.ipynb\)", row)[1]
         took = [run["notebooks"][name] for run in runs.values()]
         lines.append(
-            "| " + " | ".join([*cells, *(f"{t['seconds'] / 60:.1f} min, {t['memory_gib']:.1f} GiB" for t in took)]) + " |"
+            "| "
+            + " | ".join([*cells, *(f"{t['seconds'] / 60:.1f}{NBSP}min, {t['memory_gib']:.1f}{NBSP}GiB" for t in took)])
+            + " |"
         )
     whole = "; ".join(
         f"{sum(t['seconds'] for t in run['notebooks'].values()) / 60:.0f} minutes with `{profile}` on {where(run)}, {run['date']}"
@@ -102,12 +105,15 @@ def profiles(results: dict, old: str) -> str:
     from helpers import budget
     from helpers.profiles import PROFILES
 
-    lines = ["| profile | base model | chosen from | a training step needs | rows × tokens a step |", "|---|---|---|---|---|"]
+    lines = [
+        "| profile | base model | GPU memory from | a training step needs | passes × rows × tokens |",
+        "|---|---|---|---|---|",
+    ]
     for p in PROFILES.values():
         peak = budget.estimate(p).peak / budget.GIB
-        chosen = f"{p.memory_gib:g} GiB of GPU memory" if p.memory_gib else "no GPU"
+        chosen = f"{p.memory_gib:g} GiB" if p.memory_gib else "no GPU"
         base = "a small Mixtral that ships with the course" if p.name == "tiny" else p.base.partition("/")[2] + f", {p.dtype}"
-        size = f"{p.micro_batch} × {p.context:,}" + (f", {p.accumulation} times" if p.accumulation > 1 else "")
+        size = f"{p.accumulation} × {p.micro_batch} × {p.context:,}"
         lines.append(f"| `{p.name}` | {base} | {chosen} | {peak:.{1 if peak > 1 else 2}f} GiB | {size} |")
     return "\n".join(lines)
 

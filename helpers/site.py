@@ -31,23 +31,34 @@ PAGES = {  # source in the repository → (page, name in the navigation bar)
     "notebooks/GLOSSARY.md": ("glossary.html", "Glossary"),
     "notebooks/TROUBLESHOOTING.md": ("trouble.html", "Trouble"),
 }
+# The syntax colours given here are those of the themes that were too faint on their ground (WCAG asks for a contrast of 4.5).
 STYLE = """
-nav.course {display: flex; flex-wrap: wrap; gap: 0 1em; padding: .6em 1em; border-bottom: 1px solid #ccc;
-  font: 15px/1.8 system-ui, sans-serif; background: #fff}
-nav.course a {color: #0b5394; text-decoration: none}
-nav.course a[aria-current] {color: #000; font-weight: 600}
+:root {color-scheme: light dark; --jp-mirror-editor-comment-color: #2f6868; --jp-mirror-editor-operator-color: #8a1ed1;
+  --jp-mirror-editor-number-color: #007000}
+nav.course {display: flex; flex-wrap: wrap; gap: 0 1em; padding: .6em 1em; border-bottom: 1px solid var(--jp-border-color1);
+  font: 15px/1.8 system-ui, sans-serif}
+nav.course a {color: var(--jp-content-link-color); text-decoration: none}
+nav.course a[aria-current] {color: var(--jp-ui-font-color0); font-weight: 600}
 body {max-width: 70em; margin: 0 auto !important}
 main {overflow-wrap: anywhere}
 img, svg {max-width: 100%; height: auto}
 table {display: block; overflow-x: auto}
+td, th {overflow-wrap: normal}
+td code {white-space: nowrap}
 pre {overflow-x: auto}
+.jp-RenderedMarkdown pre {background: var(--jp-cell-editor-background); margin: .6em 0 !important; padding: .6em .8em !important}
+.jp-RenderedMarkdown pre code {background: none !important; white-space: pre !important}
 @media (max-width: 45em) {
   body {padding: 0 !important}
   .jp-InputPrompt, .jp-OutputPrompt, .jp-InputCollapser, .jp-OutputCollapser {display: none !important}
-  .jp-Cell {padding: 2px 0 !important}
+  .jp-Cell {padding: 2px .6em !important}
   .jp-OutputArea-output pre, .highlight pre {font-size: 12px}
   .jp-OutputArea-output pre {white-space: pre !important}
 }
+"""
+DARK = """
+:root {--jp-mirror-editor-comment-color: #7fbfbf; --jp-mirror-editor-operator-color: #d08bff;
+  --jp-mirror-editor-number-color: #7fd083}
 """
 
 
@@ -109,7 +120,8 @@ def page(notebook, source: str, title: str) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = formulas_to_mathml(links_to_pages(cell.source, source))
-    html, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": title}})
+    exporter = HTMLExporter(template_name="lab")
+    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     alts = [o.metadata.get("image/png", {}).get("alt", "figure") for o in outputs if "image/png" in o.get("data", {})]
     parts = html.split(NO_ALT)  # the exporter does not use the text alternatives that the outputs have
@@ -120,7 +132,9 @@ def page(notebook, source: str, title: str) -> str:
     here = PAGES[source][0]
     links = (f'<a href="{to}"{" aria-current=page" * (to == here)}>{name}</a>' for to, name in PAGES.values())
     bar = f'<nav class="course" aria-label="Course">{"".join(links)}</nav>'
-    html = re.sub(r"</head>", lambda _: f"<style>{STYLE}</style></head>", html, count=1)
+    dark, *_ = exporter.environment.loader.get_source(exporter.environment, "static/theme-dark.css")
+    style = f"{STYLE}@media screen and (prefers-color-scheme: dark) {{{dark}{DARK}}}"
+    html = re.sub(r"</head>", lambda _: f"<style>{style}</style></head>", html, count=1)
     return re.sub(r"(<body[^>]*>)", lambda m: m[1] + bar, html, count=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -11,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import experts, experts_gpu
 from helpers import losses
+from helpers.profiles import ROOT
 
-TINY = ["--hidden=64", "--intermediate=64", "--layers=2", "--heads=4", "--vocabulary=128", "--rank=4", "--row=16"]
-TINY += ["--repeats=2", "--ceiling-size=64", "--device=cpu", "--dtype=float32", "--tokens", "16", "32"]
+
+def cpu(*settings):
+    return experts_gpu.parse(["--smoke", *settings])
 
 
 def test_the_defaults_are_mixtrals_shapes():
@@ -51,8 +54,8 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_flops_are_those_that_are_run(checkpointing):
-    o = experts_gpu.parse([*TINY[:-3], "--dropout=0"])
-    step = experts_gpu.Step(o, torch.device("cpu"), torch.float32)
+    o, device = cpu("--dropout=0"), torch.device("cpu")
+    step = experts_gpu.Step(experts_gpu.ours(o, 2, device, torch.float32), device, torch.float32)
     if not checkpointing:
         step.model.gradient_checkpointing_disable()
     rows, row = 4, 256
@@ -64,14 +67,88 @@ def test_the_flops_are_those_that_are_run(checkpointing):
     assert wanted == pytest.approx(products.flops, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_tiny_shapes(tmp_path):
-    experts_gpu.main([*TINY, "--compare", "--out", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [s["tokens"] for s in found["steps"]] == [16, 32] and set(found["one_layer"]) == {"16", "32"}
-    for entry in found["steps"]:
+    """Every case, from the command's own entry."""
+    experts_gpu.main(["--smoke", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert tuple(found) == experts_gpu.CASES and not any("error" in case for case in found.values())
+    assert [s["tokens"] for s in found["steps"]["steps"]] == [16, 32, 128]
+    for entry in found["steps"]["steps"]:
         assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / entry["seconds"])
+        assert entry["hours_of_the_card"] == pytest.approx(25.5e6 * entry["seconds"] / entry["tokens"] / 3600)
         work = sum(entry["tflop_parts"].values())
-        assert entry["share_of_ceiling"] == pytest.approx(work / entry["seconds"] / found["ceiling_tflops"] / 1e12)
+        assert entry["share_of_ceiling"] == pytest.approx(work / entry["seconds"] / found["ceiling"]["tflops"] / 1e12)
+    assert sum(line["share"] for line in found["profile"]["top"]) <= 1.0001 and found["profile"]["top"][0]["share"] > 0.02
+    for lines in found["compare"]["variants"].values():
+        assert [line["tokens"] for line in lines] == [16, 32] and all(line["seconds"] > 0 for line in lines)
+    assert set(found["routers"]["seconds"]) == {"with", "without"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compared_models_train_the_same_parameters(dtype):
+    o, device = cpu(), torch.device("cpu")
+    trained = {}
+    for name, make in experts_gpu.VARIANTS.items():
+        step = experts_gpu.Step(make(o, 1, device, dtype), device, dtype)
+        trainable = [p for p in step.model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trainable]
+        step(1, 32)
+        trained[name] = sum(p.numel() for p in trainable)
+        moved = sum(not torch.equal(p, b) for p, b in zip(trainable, before, strict=True))
+        assert moved >= len(trainable) // 2, f"{name}: after one step every B has moved"
+    h, i, e, r = o.hidden, o.intermediate, o.experts, o.rank
+    keys = h // o.heads * max(1, o.heads // 4)
+    wanted = r * ((h + h) + 2 * (h + keys) + (h + h) + (h + e) + e * ((h + 2 * i) + (i + h)))
+    assert set(trained.values()) == {wanted}
+
+
+@pytest.mark.slow
+def test_what_fails_is_recorded_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        yield {"half": 1}
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB")
+
+    def unpackable(*_):
+        raise ModuleNotFoundError("No module named 'kernels'")
+
+    monkeypatch.setattr(experts_gpu.Bench, "profile", broken)
+    monkeypatch.setitem(experts_gpu.VARIANTS, "bitsandbytes parametrisation + PEFT's product", unpackable)
+    out = tmp_path / "found.json"
+    experts_gpu.main(["--smoke", "--repeats=1", "--cases", "profile", "compare", "routers", "--out", str(out)])
+    found = json.loads(out.read_text())["cases"]
+    assert found["profile"] == {"half": 1, "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 5 GiB"}
+    first, _, last = found["compare"]["variants"].values()
+    assert "seconds" in first[0] and last == [{"error": "ModuleNotFoundError: No module named 'kernels'"}]
+    assert "cost" in found["routers"] and "Tried to allocate 5 GiB" in capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit_leaves_its_sentence():
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB")
+
+    found = experts_gpu.measured(work, torch.device("cpu"), 3, experts_gpu.Clock(1))
+    assert found == {"error": "CUDA out of memory"}
+
+
+def test_the_time_limit_holds(tmp_path):
+    """No time at all: nothing begins. Time that ends within a case: one measurement is made, no more."""
+    out = tmp_path / "found.json"
+    experts_gpu.main(["--smoke", "--minutes=0", "--out", str(out)])
+    cases = json.loads(out.read_text())["cases"]
+    assert tuple(cases) == experts_gpu.CASES and all("not begun" in case["error"] for case in cases.values())
+    over, calls = experts_gpu.Clock(0), []
+    assert len(experts_gpu.timed(lambda: calls.append(1), torch.device("cpu"), 5, over)) == 1 and len(calls) == 2
+    assert len(experts_gpu.timed(lambda: None, torch.device("cpu"), 5, experts_gpu.Clock(1))) == 5
+
+
+def test_a_missing_package_is_one_sentence():
+    """Python without its site-packages."""
+    script = ROOT / "benchmarks" / "experts_gpu.py"
+    done = subprocess.run([sys.executable, "-S", str(script), "--smoke"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("missing here: torch") and "bitsandbytes" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -281,7 +281,9 @@ class _ExpertMLP(torch.autograd.Function):
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)  # assignments sorted by expert
         token = order // k
-        ends = torch.bincount(flat, minlength=module.num_experts).cumsum(0).tolist()  # the only host sync
+        # Where each expert's stretch ends. The only time that Python waits for the GPU; bincount would wait more often.
+        numbers = torch.arange(module.num_experts, device=flat.device, dtype=flat.dtype)
+        ends = torch.searchsorted(flat[order], numbers, right=True).tolist()
         ctx.module, ctx.ends, ctx.rules, ctx.seed = module, ends, rules, seed
         keep = any(ctx.needs_input_grad)
         out, kept = torch.zeros_like(x), []

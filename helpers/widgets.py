@@ -126,14 +126,16 @@ def prompt_builder(tokenizer=None, char: str = "Ferro", user: str = "Ana", text:
     closing = ipywidgets.Dropdown(options=[("the card's", CLOSING), ("short", CLOSING_SHORT)], description="closing")
     described = ("persona 1", "persona 2", "scenario")
     setting = [ipywidgets.Textarea(value=v, description=d, rows=2) for d, v in zip(described, SETTING, strict=True)]
-    said = ipywidgets.Textarea(value=text, description="user text", rows=4)
+    said = ipywidgets.Textarea(value=text, description="user text", rows=2)
 
     def render() -> str:
         chosen = None if length.value == NO_MODIFIER else length.value
         parts = [part.value for part in setting]
         return prompt_preview(names[0].value, names[1].value, chosen, said.value, tokenizer, parts, closing.value)
 
-    rows = (ipywidgets.HBox(names), ipywidgets.HBox([length, closing]), ipywidgets.HBox(setting), said)
+    rows = (ipywidgets.HBox(names), ipywidgets.HBox([length, closing]))
+    # Two in a row: three are cut off at the edge of a notebook's column.
+    rows += (ipywidgets.HBox(setting[:2]), ipywidgets.HBox([setting[2], said]))
     return _live((*names, length, closing, *setting, said), render, rows)
 
 

@@ -121,6 +121,10 @@ def panel(lab, browser, request):
     page.locator(".jp-CodeCell .cm-content").first.click(timeout=60_000)
     page.keyboard.press("Shift+Enter")
     page.locator(FIRST_SIGN.get(request.param, ".widget-html pre")).first.wait_for(timeout=60_000)
+    cut = """[...document.querySelectorAll('.jp-OutputArea-output .widget-inline-hbox, .jp-OutputArea-output img')].filter(
+        e => e.getBoundingClientRect().right > e.closest('.jp-OutputArea-output').getBoundingClientRect().right + 1
+    ).map(e => e.innerText || e.alt)"""
+    assert page.evaluate(cut) == [], "what the notebook's column cuts off at the right"
     yield page
     if where := os.environ.get("COURSE_SCREENSHOTS"):
         page.screenshot(path=str(Path(where) / f"{request.param.replace(' ', '_')}.png"))

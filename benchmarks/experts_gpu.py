@@ -366,7 +366,7 @@ class Bench:
         yield {"tokens": row, "seconds": medians, "cost": cost}
 
     def attention(self) -> Iterator[dict]:
-        from helpers.training import choose_attention
+        from helpers.attention import choose_attention
 
         step, row = self.step(), min(self.o.row, max(self.o.tokens))
         best, why = choose_attention(type(step.model.get_base_model()), self.dtype)

@@ -24,8 +24,8 @@ def labelled_stories(profile: Profile, stories: Sequence[Story] | None = None) -
     """Stories with a modifier or None for each character reply.
 
     Given stories (or those that the profile names) get each reply's own class, left out at the profile's rate. The tiny
-    profile generates its own, with budgets drawn evenly over the classes for 60 % of the labelled replies: a model that
-    starts from nothing needs to see the rare classes often.
+    profile generates its own, with budgets drawn evenly over the classes for nine in ten labelled replies: a model
+    that starts from nothing needs to see the rare classes often.
     """
     if stories is None and profile.stories.startswith("generated:"):
         return list(_generated(int(profile.stories.partition(":")[2]), profile.seed, profile.omit))
@@ -57,7 +57,7 @@ def _generated(count: int, seed: int, omit: float) -> tuple[Labelled, ...]:
 
     first = ADAPTER_SEED + 10_000 * (seed % 97)
     limits = random.Random(seed)  # stories of 2 to 16 turns, so that a row holds one to five of them
-    return tuple(labelled_story(first + k, balanced=0.6, omit=omit, max_words=limits.randint(60, 300)) for k in range(count))
+    return tuple(labelled_story(first + k, balanced=0.9, omit=omit, max_words=limits.randint(60, 300)) for k in range(count))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Both are committed under `data_samples/tiny_base/`; `python -m helpers.tiny` rebuilds them (`--help` shows the knobs).
 The base is trained on generated stories **without** length modifiers: what the course's adapters learn is not in it.
-What it has read, in its second phase, is people who ask each other in plain words to be brief or to tell everything.
+What it has read is people who ask each other in plain words to be brief or to tell everything: a real base has, too.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def pretrain(
     tokens_per_step: int = 2048,
     lr: float = 3e-3,
     seed: int = 0,
-    model=None,
-    first_story: int = BASE_SEED,
-    requests: float = 0.0,
+    requests: float = 0.4,
     pieces: tuple[int, int, int] = (256, 512, 1024),
     log=print,
     **config,
@@ -88,15 +86,15 @@ def pretrain(
     """A base model trained on `steps` × `tokens_per_step` tokens of generated stories; returns (model, history).
 
     Pieces grow from 256 to 1,024 tokens over the run, which is quicker than long ones from the start. The balancing loss
-    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third. A given `model` is
-    trained further; `requests` goes to the story generator.
+    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third. `requests` is the share
+    of user messages that end in a plain wish ("Keep it brief."), which the reply follows: what any large base model brings
+    along is that a text can say how much text is to follow.
     """
     import torch
     from transformers import MixtralForCausalLM
 
     torch.manual_seed(seed)
-    if model is None:
-        model = MixtralForCausalLM(tiny_config(len(tokenizer), router_aux_loss_coef=0.01, **config))
+    model = MixtralForCausalLM(tiny_config(len(tokenizer), router_aux_loss_coef=0.01, **config))
     model.train().set_experts_implementation("grouped_mm")
     model.config.output_router_logits = True
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -107,7 +105,7 @@ def pretrain(
     for step in range(steps):
         piece = pieces[0 if step < 0.5 * steps else 1 if step < 0.85 * steps else 2]
         while len(stream) < tokens_per_step:
-            stream += encode(make_story(first_story + number, requests=requests), tokenizer).input_ids
+            stream += encode(make_story(BASE_SEED + number, requests=requests), tokenizer).input_ids
             number += 1
         batch = torch.tensor(stream[:tokens_per_step]).view(-1, min(piece, tokens_per_step))
         stream = stream[tokens_per_step:]
@@ -140,35 +138,14 @@ def validation_loss(model, tokenizer, stories: int = 32) -> float:
     return total / count
 
 
-def second_phase(model, tokenizer, steps: int, seed: int = 0):
-    """Stories in which half of the user's messages end in a plain wish ("Keep it brief."), which the reply follows.
-
-    It gives the base what any large base model brings along: that a text can say how much text is to follow.
-    """
-    return pretrain(
-        tokenizer,
-        steps,
-        lr=1.5e-3,
-        seed=seed,
-        model=model,
-        first_story=BASE_SEED + 500_000,
-        requests=0.5,
-        pieces=(512, 512, 1024),
-    )
-
-
-def build(folder: Path, steps: int = 5000, more_steps: int = 1500, seed: int = 0) -> dict:
+def build(folder: Path, steps: int = 6000, seed: int = 0) -> dict:
     """Tokenizer and base model into `folder`, in bf16, with a provenance file; returns what that file says."""
-    import torch
-
     tokenizer = train_tokenizer()
     model, history = pretrain(tokenizer, steps, seed=seed)
-    model, more = second_phase(model.to(torch.bfloat16).float(), tokenizer, more_steps, seed)
-    command = f"python -m helpers.tiny --steps {steps} --more-steps {more_steps} --seed {seed}"
-    return ship(folder, model, tokenizer, command, (steps + more_steps) * 2048, [history, more])
+    return ship(folder, model, tokenizer, f"python -m helpers.tiny --steps {steps} --seed {seed}", steps * 2048, history)
 
 
-def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: list) -> dict:
+def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: list[dict]) -> dict:
     """Write model (bf16), tokenizer and provenance."""
     import torch
     import transformers
@@ -184,7 +161,7 @@ def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: lis
         "validation_loss": round(loss, 4),
         "perplexity": round(math.exp(loss), 3),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "history": [{"phase": n, **row} for n, rows in enumerate(history, start=1) for row in rows],
+        "history": history,
         "sha256": checksums(folder),
     }
     (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -201,9 +178,8 @@ def checksums(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Rebuild the tiny base model of the offline profile.")
     parser.add_argument("--out", type=Path, default=HOME)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--more-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    facts = build(options.out, options.steps, options.more_steps, options.seed)
+    facts = build(options.out, options.steps, options.seed)
     print({k: v for k, v in facts.items() if k != "history"})

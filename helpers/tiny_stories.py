@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import random
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from helpers.lengths import BOUNDS, LENGTHS, count_words, length_class
 from helpers.stories import Message, Pair, Story
 
-MEDIAN_WORDS, SIGMA, MAX_WORDS = 19.0, 0.95, 260  # log-normal budget of a message
+MEDIAN_WORDS, SIGMA, MAX_WORDS = 19.0, 0.95, 230  # log-normal budget of a message
 TALK_SHIFT = {"quiet": -0.6, "easy": 0.0, "talkative": 0.5}  # added to the log of the median
 
 # fmt: off
@@ -30,10 +31,11 @@ KEEPSAKES = "brass whistle|clay pipe|cloth map|copper ring|felt hat|glass marble
 COLOURS = "amber|black|blue|brown|copper|cream|green|grey|orange|pink|red|silver|white|yellow".split("|")
 ADJECTIVES = "battered|bright|broken|careful|clean|cold|curious|dented|dusty|faded|fine|heavy|narrow|neat|odd|old|painted|plain|polished|quiet|rusty|smooth|strange|sturdy|warm|worn".split("|")
 ADVERBS = "brightly|calmly|carefully|eagerly|firmly|gently|gladly|kindly|quickly|quietly|slowly|softly|thoughtfully|warmly".split("|")
-SOUNDS = "a bell|a dog|a fiddle|a gull|a kettle|a mill wheel|a train|an owl|footsteps|laughter|rain|singing|thunder|water|the wind|wings".split("|")
+SOUNDS = "a bell|a dog|a fiddle|a gull|a kettle|a mill wheel|a train|an owl|laughter|rain|singing|thunder|water|the wind".split("|")
 SMELLS = "apples|bread|candle wax|cedar|cinnamon|coffee|hay|honey|lamp oil|mint|old paper|pine|rain|roses|salt|smoke|tar|wet wool".split("|")
 WEATHER = "drizzle|evening light|fog|frost|mist|moonlight|rain|snow|sunshine|wind".split("|")
-FOOD = "almond cake|apple pie|bean soup|black tea|cheese rolls|cherry jam|cocoa|corn bread|fish stew|ginger beer|oat biscuits|onion tart|pear juice|plum cake|potato soup|roast chestnuts".split("|")
+FOOD = "almond cake|apple pie|bean soup|cheese rolls|cherry jam|corn bread|fish stew|oat biscuits|onion tart|plum cake|potato soup|roast chestnuts".split("|")
+DRINKS = "apple juice|black tea|cocoa|ginger beer|malt coffee|mint tea|pear juice|water".split("|")
 ANIMALS = "cat|crow|dog|donkey|fox|goat|goose|heron|mule|owl|pony|raven".split("|")
 FEELINGS = "amused|curious|glad|grateful|hopeful|hungry|nervous|proud|puzzled|relieved|sleepy|surprised|tired|worried".split("|")
 TIMES = "after supper|at dawn|at midnight|at noon|before breakfast|before sunset|before the frost|before the storm|by Friday|this evening|today|tomorrow".split("|")
@@ -63,90 +65,9 @@ for _scene in SCENES.values():
     for _key, _words in _scene.items():
         _scene[_key] = _words.split("|")
 
-# Slots. {S} the speaker's name or pronoun at the start of a sentence, {s}/{p}/{o} she/her/her, {L} the listener, {thing} the
-# current topic, {thing2} another thing, {spot}/{spot2} places in the scene; {l…} belong to the listener.
-ACTIONS = """{S} picks up the {thing} and turns it {adv}.
-{S} puts the {thing} on the {spot}.
-{S} reaches for {p} {keep} and finds it gone.
-{S} walks around the {spot} and counts {p} steps.
-{S} wipes the {thing} with a {colour} cloth.
-{S} looks under the {spot}, then behind the {spot2}.
-{S} hands the {thing} to {L}.
-{S} kneels beside the {spot} and listens.
-{S} pours {food} for both of them.
-{S} feeds the {animal} by the {spot}.
-{S} draws a line from the {spot} to the {spot2}.
-{S} carries the {adj} {thing2} over to the {spot}.
-{S} leans on the {spot} and watches the {weather}.
-{S} ties the {thing2} to the {spot} with {adj} string.
-{S} shakes {p} head {adv}.
-{S} sits down next to {L}.
-{S} holds the {thing} up to the light.
-{S} writes a note in the margin and underlines it.
-{S} taps the {thing} and waits for an answer.
-{S} buttons {p} coat against the {weather}.""".split("\n")
-REMARKS = """"This {thing} came from the {spot}," {s} says.
-"My first {ljob} friend had a {thing} like this," {s} says {adv}.
-"We should {goal} {time}," {s} says.
-"In {town} we would call that a {adj} {thing}," {s} says.
-"I feel {feel}, and I think you do too," {s} says.
-"You see better than I do, {L}," {s} says.
-"The {spot} first, then the {spot2}," {s} decides.
-"There is {colour} paint on the {thing}," {s} says {adv}.
-"A {job} learns to wait," {s} says.
-"Take the {thing2}, and I will bring the {thing}," {s} offers.
-"Somebody moved the {thing2} {time}," {s} says.
-"I promised to {goal}, and I will," {s} says {adv}.
-"I can hear {sound} behind the {spot}," {s} whispers.
-"People in {ltown} are {ltrait}, I have heard," {s} says.
-"I would trade my {keep} for some {food}," {s} says.
-"That is the {adj} {thing} from the letter," {s} says.
-"Let us begin at the {spot}," {s} says.
-"It smells of {smell} near the {spot2}," {s} says {adv}.""".split("\n")
-QUESTIONS = '''"Where did you find the {thing}, {L}?"
-"Who left the {thing2} at the {spot}?" {s} asks.
-"Can a {ljob} repair a {thing}?" {s} asks {adv}.
-"Shall we {goal} {time}?"
-"Do you smell {smell}?" {s} asks.
-"Is that {sound}?" {s} asks {adv}.
-"Have you eaten any {food} today?"
-"Why is the {thing} so {adj}?" {s} wonders.
-"Were you {feel} when you left {ltown}?" {s} asks.
-"May I borrow the {thing2}?"
-"What would they say in {town}?" {s} asks.
-"Which way to the {spot2}?"'''.split("\n")
-SCENERY = """The {weather} drifts past the {spot}.
-The {thing} is {adj} and smells of {smell}.
-A {animal} sleeps beside the {spot}.
-Far away there is {sound}.
-The {spot2} looks {colour} in the {weather}.
-Dust lies on the {thing2}.
-Near the {spot} stands a {adj} {colour} box.
-The tag on the {thing2} says (grade = {tag}).
-Light falls through the {spot} onto the {thing}.
-The whole of {place} seems {adj} today.
-Between the {spot} and the {spot2} runs a {colour} thread.
-The air tastes of {smell} and {smell2}.""".split("\n")
-THOUGHTS = """{S} thinks of {town} and of {hobby}.
-{S} remembers a {adj} {thing} from years ago.
-{S} is {feel}, but keeps quiet about it.
-{S} wonders what {L} knows about the {thing}.
-As a {job}, {s} has seen stranger things.
-{S} is too {trait} to give up now.
-{S} likes how {ltrait} {L} is.
-The {keep} in {p} pocket feels {adj}.
-{S} wants to {goal}, and nothing else.
-{S} has never trusted a {adj} {thing2}.
-{S} imagines {L} at home in {ltown}.
-{S} hopes that the {spot} will hold.""".split("\n")
-REACTIONS = """"The {thing}, yes," {s} says.
-{S} looks at the {thing} again.
-"Then the {thing} stays with us," {s} says {adv}.
-"I wondered about the {thing} too," {s} says.
-{S} turns to {L} at the word {thing}.
-"Careful with that {thing}," {s} says.
-"So it is about the {thing}," {s} says.
-{S} smiles {adv} and takes the {thing}.""".split("\n")
+# Slots. {S} the speaker's name, or pronoun, at the start of a sentence; {H}/{s}/{p} She/she/her; {L} the listener; {thing} the
+# current topic, {thing2} another thing; {spot}, {spot2} places in the scene; {l…} belong to the listener; {M} a marker of STAGES.
+# A template keeps to one of three sizes, whatever fills its slots: BRIEF 1-4 words, PLAIN 5-8, FULL 9-13.
 BRIEF = """"Yes."
 "No."
 "Really?"
@@ -160,25 +81,160 @@ BRIEF = """"Yes."
 {S} laughs.
 {S} waits.
 {S} nods {adv}.
+{S} smiles {adv}.
 "After you, {L}."
 "Try the {spot}."
 "I am {feel}."
 "What a {thing}!"
 "Wait for me."
-{S} points at the {spot}.
-"More {food}?"
+{S} looks up.
+"More {drink}?"
 "Tomorrow, perhaps."
 "Quiet, {L}."
 "That is enough."
-"Tell me more.\"""".split("\n")
-TAILS = [
-    " while {L} watches the {spot2}",
-    " and thinks of {town}",
-    " as {sound} stops",
-    " before the {weather} comes back",
-    " with the {keep} in one hand",
-    " and hums one of {p} songs",
-]
+"Tell me more."
+"As you like."
+"Never, {L}."
+"Give it here.\"""".split("\n")
+PLAIN = """{S} points {adv} at the {spot}.
+{S} puts the {thing} down {adv}.
+{S} shakes {p} head at the {thing}.
+{S} turns the {thing} over {adv}.
+{S} smiles and gives {L} the {thing}.
+{S} looks {adv} behind the {spot}.
+{S} sits down next to {L}.
+{S} pours a cup of {drink}.
+{S} is {feel} and says so.
+{S} has no answer to that.
+{S} reaches for the {thing} {adv}.
+"Careful with that {thing}, {L}."
+"Where did you find the {thing}?"
+"Who left the {thing2} there, {L}?"
+"Can a {ljob} repair a {thing}?"
+"Do you smell {smell} too, {L}?"
+"May I borrow the {thing2}, please?"
+"Which way to the {spot2}, {L}?"
+"The {spot} first, then the {spot2}."
+"I know that {thing} from {town}."
+"Nobody in {ltown} would believe it."
+"I can hear {sound}, {L}."
+"My {keep} is gone again."
+"That is a {adj} {thing}, {L}."
+"I was never so {feel}, {L}."
+"You are too {ltrait} for this."
+"Then the {thing} stays with us."
+"The {thing}, yes," {s} says {adv}.
+"Ask a {ljob}," {s} says {adv}.
+"So it is about the {thing}."
+The {animal} by the {spot} wakes up.
+The {thing} is {adj} and {colour}.
+A {animal} watches from the {spot}.
+There is dust on the {thing2}.
+{S} wonders about the {thing} again.
+"Have you eaten anything today, {L}?\"""".split("\n")
+FULL = """{S} looks under the {spot}, then behind the {spot2}, and finds nothing.
+{S} walks once around the {spot} and counts {p} steps {adv}.
+{S} wipes the {thing} with a {colour} cloth and holds it up.
+{S} kneels down beside the {spot}, because there is {sound}.
+{S} takes the {thing} from {L} and turns it to the light.
+{S} leans on the {spot} and watches how the {weather} goes by.
+{S} ties the {thing2} to the {spot} with a {colour} string.
+{S} gives the {animal} some {food} before {s} says anything.
+{S} buttons {p} coat against the {weather} and takes the {thing2}.
+{S} writes a note about the {thing} and underlines it {adv}.
+{S} carries the {adj} {thing2} over to the {spot} with both hands.
+{S} feels for the {keep} in {p} pocket and looks {feel}.
+"We could {goal} {time}," {s} says {adv}.
+"In {town} we would call that a {adj} {thing}," {s} says.
+"My first {ljob} friend had a {thing} like this," {s} says.
+"Somebody moved the {thing2} from the {spot} to the {spot2}," {s} says.
+"Take the {thing2}, {L}, and I take the {thing}," {s} says.
+"A {job} learns to wait, and so I wait," {s} says {adv}.
+"There is {colour} paint on the {thing}, quite fresh," {s} says.
+"It smells of {smell} near the {spot2}, does it not?" {s} asks.
+"I promised to {goal}, {L}," {s} says.
+"Why did you ever leave {ltown}, {L}?" {s} asks {adv}.
+"What would a {ljob} do with such a {thing}?" {s} asks.
+"I would trade my {keep} for some {food} now," {s} says.
+"I wondered about the {thing} too, {L}," {s} says {adv}.
+"So it is about the {thing} after all," {s} says {adv}.
+"People in {ltown} are {ltrait}, or so I have heard," {s} says.
+"You see better than I do, {L}," {s} says {adv}.
+As a {job}, {s} has seen a {thing} like this before.
+{S} thinks of {town} and of {hobby}, and is {feel} again.
+{S} likes how {ltrait} {L} is, but {s} does not say so.
+{S} remembers a {adj} {thing} from {p} first years in {town}.
+{S} is too {trait} to give up now, and {L} knows it.
+Between the {spot} and the {spot2} the ground is {colour} with dust.
+The {weather} comes in by the {spot} and smells of {smell}.
+The tag on the {thing2} says (grade = {tag}), {pounds} pounds.
+By the {spot} lies a tag: (grade = {tag}), {order}.
+"I see a tag: (grade = {tag}), {pounds} pounds," {s} says.""".split("\n")
+
+# A reply of more than thirty words is told in paragraphs: a lead, then step after step, each with its marker. As in a real
+# story, how far it has come can be read off the text itself; a small model could not count a hundred words, but it sees that.
+LEADS = """"Listen, {L}," {s} says, and sits down by the {spot} with {p} {keep}.
+"Let us do this properly, {L}," {s} says {adv}, and looks around.
+"There is more to it, {L}," {s} says {adv}, and puts down the {thing2}.
+"Come with me, {L}, and bring the {thing2}," {s} says {adv}.
+"Then watch, {L}," {s} says {adv}, and picks up the {thing} again.
+{S} takes a deep breath, picks up the {thing} and looks at {L}.
+{S} rolls up {p} sleeves and looks around. "Well, {L}," {s} says.
+{S} lays {p} {keep} by the {spot}. "Now, {L}," {s} says, and begins.
+{S} drinks some {drink} and makes up {p} mind. "Yes, {L}," {s} says.
+{S} takes {L} by the arm and points {adv} at the {spot}.
+{S} thinks about the {thing} for a while, and then {s} nods {adv}.""".split("\n")
+STAGES = (
+    ("First", "To begin with,"),
+    ("Then", "Next"),
+    ("After that", "A moment later"),
+    ("Soon", "By and by"),
+    ("A little later", "Ten minutes later"),
+    ("Half an hour later", "An hour later"),
+    ("At last", "Towards the end"),
+    ("In the end", "Finally"),
+    ("And so", "Only now"),
+)
+PARAGRAPHS = """{M} {n} goes over to the {spot} with the {thing}. It is {adj} there and smells of {smell}. "Here," {s} says, "this is the place."
+{M} {n} takes the {thing} to the {spot}. The light is better there. {H} sees {colour} paint on it and scratches {adv}.
+{M} {n} holds the {thing} against the {spot}. It does not fit. {H} puts it down and thinks of {town} for a while.
+{M} {n} calls from the {spot}. "There is something {adj} behind it, {L}," {s} says {adv}. "Bring the {thing2}, and we will see."
+{M} {n} tells of {town} and of {hobby}. "A {job} needs something to do on Sundays," {s} says, and looks {feel}.
+{M} {n} lifts the {thing2} onto the {spot}. It is heavier than it looks. "Now you, {L}," {s} says, and rests.
+{M} there is {sound}, and {n} stops at the {spot}. {H} hardly breathes. It is only the {animal}, and {s} laughs {adv}.
+{M} {n} holds out the {thing2} to {L}. "Not so high," {s} says, "and mind the {spot}." It works {adv} enough.
+{M} {n} finds a {adj} {thing2} under the {spot}. The tag on it says (grade = {tag}), {pounds} pounds, and {s} nods.
+{M} {n} turns the {thing2} around. There is a {colour} tag on it: (grade = {tag}), {order}. {H} is {feel}.
+{M} {n} finds a note by the {spot}. It is {colour} and smells of {smell}. "I cannot read it," {s} says, and is {feel}.
+{M} the {weather} comes in, and {n} moves to the {spot}. It is warm and dry. {H} shares {p} {food} with {L}.
+{M} {n} tries the {spot}, as a {job} would. It gives a little. "You are {ltrait}, {L}," {s} says, "so push with me."
+{M} {n} rests by the {spot} with some {food}. "I have not eaten so well since {town}," {s} says, and looks {feel}.
+{M} {n} draws the way from the {spot} to the {spot2}. "Here we are," {s} says, "and there is the {thing2}."
+{M} the {animal} runs past them to the {spot}. {S} follows it and comes back with the {thing2}. It is {adj}, but whole.
+{M} {n} counts what they have: the {thing}, the {thing2} and a {keep}. "It will do," {s} says, "if we are careful."
+{M} {n} remembers the {adj} {thing} in {town}. It stood by a {spot}, too. "{L}," {s} says, "I think it is the same."
+{M} {n} looks at {L} and is {feel}. "We came to {goal}," {s} says, "and we are nearly there."
+{M} {n} lights a lamp at the {spot}. Everything looks {colour} now. Far away there is {sound}, and then it is still.
+{M} {n} knocks at the {spot} and waits. Nobody comes. "Then we do it ourselves, {L}," {s} says, and takes the {thing2}.
+{M} {n} cleans the {thing} with a little {drink}. It helps. Under the dirt it is {colour}, and {s} can read a name.
+{M} {n} ties the {thing2} to the {spot} and pulls at it {adv}. "A {ljob} knows about knots, {L}," {s} says. It holds.
+{M} {n} pours some {drink} and gives {L} half. "You have been {ltrait} all day," {s} says, and looks at the {spot}.
+{M} {n} changes places with {L} at the {spot}. "You take the {thing}," {s} says, "and I take the {thing2}." It goes better.
+{M} {n} opens the {thing2} and looks inside. There is nothing but dust and {smell}. "Somebody was here before us," {s} says {adv}.
+{M} {n} listens at the {spot}. "That is {sound}," {s} says, "or a very {adj} {animal}." {H} is {feel}, but {s} stays.
+{M} {n} asks about {ltown}. "Is a {ljob} happy there?" {s} wants to know, and puts the {thing} on the {spot}.
+{M} {n} writes it all down: the {spot}, the {thing} and the {thing2}. "In {town} they will laugh," {s} says {adv}.""".split("\n")
+
+# Sentences of a reply by its length class, from the shortest on; then paragraphs after the lead, fewest and most.
+SHAPES = (
+    ((BRIEF,),),
+    ((PLAIN,),),
+    ((FULL,), (FULL,), (FULL,), (BRIEF, PLAIN)),
+    ((PLAIN, FULL), (FULL, PLAIN)),
+    ((PLAIN, FULL, PLAIN), (FULL, PLAIN, PLAIN), (PLAIN, PLAIN, FULL)),
+)
+STEPS = ((1, 1), (2, 2), (3, 3), (4, 5), (6, 9))
+
 SETTINGS = {
     "adventure": "{C} and {U} travel to {place} to {goal} {time}. They have a {adj} {thing}, a {thing2} and some {food}.",
     "mystery": "A {adj} {thing} turns up at {place}. {U} asks {C} to help {goal} {time}, with a {colour} {thing2} as the one clue.",
@@ -190,21 +246,19 @@ TALK = {
     "talkative": ("{N} loves to tell stories.", "{N} explains everything in detail.", "{N} can talk for hours."),
 }
 
-# What people say when they want a reply of some length, and how many words they then get. Only the base model's second phase
-# reads these: a real base model has seen people ask each other to be brief, and so should this one.
+# What people say when they want a reply of some length: ten kinds of wishes, one for each class. Only the base model reads
+# these: a real base model has seen people ask each other to be brief, or to tell everything, and so should this one.
 REQUESTS = (
-    (1, 3, ('"Yes or no, {L}?"', '"One word, please."', '"Just answer me."')),
-    (4, 9, ('"Be quick, {L}."', '"In few words, please."', '"Keep it brief."')),
-    (10, 20, ('"One sentence, {L}."', '"Answer in a sentence or two."', '"Put it simply."')),
-    (21, 45, ('"Explain it to me, {L}."', '"Tell me a little more."', '"And then?"')),
-    (46, 95, ('"Tell me properly, {L}."', '"I have time, go on."', '"Describe it to me."')),
-    (96, 250, ('"Tell me everything, {L}."', '"The whole story, please."', '"Leave nothing out."')),
-)
-# The second phase also gives the ten grades their order, in pounds: words that only ever stand in each other's place end up
-# with nearly equal embeddings, and no adapter on frozen embeddings could then tell them apart.
-GRADED = (
-    "The tag on the {thing2} says (grade = {tag}), which is {pounds} pounds.",
-    "Near the {spot} stands a box of {pounds} pounds with the tag (grade = {tag}).",
+    ('"Yes or no, {L}?"', '"One word, please."', '"Just answer me, {L}."'),
+    ('"Be quick, {L}."', '"In few words, please."', '"Keep it brief."'),
+    ('"One sentence, {L}."', '"Put it simply, {L}."', '"Say it plainly."'),
+    ('"A sentence or two, please."', '"Be a little clearer, {L}."', '"Why, {L}?"'),
+    ('"Explain it to me, {L}."', '"Say some more about it."', '"How do you mean that?"'),
+    ('"How would you begin, {L}?"', '"Show me the first step."', '"Make a start, {L}."'),
+    ('"And what comes next, {L}?"', '"Tell me properly, {L}."', '"Show me how it goes on."'),
+    ('"I have time, {L}, go on."', '"Describe it to me, {L}."', '"I want to see how you do it."'),
+    ('"Take all evening, {L}."', '"Tell me all about it."', '"I could listen for hours, {L}."'),
+    ('"Tell me everything, {L}."', '"The whole story, please."', '"Leave nothing out, {L}."'),
 )
 
 
@@ -221,6 +275,11 @@ class Person:
     talk: str
 
 
+def class_of(words: int) -> str:
+    """The length class of a number of words."""
+    return LENGTHS[bisect_right(BOUNDS, words)]
+
+
 def _capitalise(text: str) -> str:
     text = re.sub(r"\b([Aa]) (?=[aeioAEIO])", r"\1n ", text)
     return text[0].upper() + text[1:]
@@ -229,15 +288,14 @@ def _capitalise(text: str) -> str:
 class Writer:
     """Writes one story. Everything it does follows from its seed."""
 
-    def __init__(self, seed: int, graded: bool = False):
+    def __init__(self, seed: int):
         self.rng = rng = random.Random(seed)
-        self.scenery = SCENERY + list(GRADED) * 3 if graded else SCENERY
         self.genre = rng.choice(list(SCENES))
         scene = SCENES[self.genre]
         self.place, self.goal = rng.choice(scene["place"]), rng.choice(scene["goal"])
         self.things, self.spots = rng.sample(scene["thing"], 6), rng.sample(scene["spot"], 4)
         self.time, self.weather = rng.choice(TIMES), rng.choice(WEATHER)
-        self.food, self.animal = rng.choice(FOOD), rng.choice(ANIMALS)
+        self.food, self.drink, self.animal = rng.choice(FOOD), rng.choice(DRINKS), rng.choice(ANIMALS)
         self.topic = self.things[0]
         self.people: list[Person] = []
         for _ in range(2):
@@ -266,63 +324,69 @@ class Writer:
         second = f"{p.she.capitalize()} is {p.traits[0]} and {p.traits[1]}, likes {p.hobby} and carries a {p.keepsake}."
         return _capitalise(f"{first} {second} {rng.choice(TALK[p.talk]).format(N=p.name)}")
 
-    def fill(self, template: str, who: int, pronoun: bool = False) -> str:
-        """A template as a sentence spoken or done by person `who`."""
+    def fill(self, template: str, who: int, pronoun: bool = False, marker: str = "") -> str:
+        """A template as a text spoken or done by person `who`; slots of one name have one filling in it."""
         rng, me, you = self.rng, self.people[who], self.people[1 - who]
         spot, spot2 = rng.sample(self.spots, 2)
-        smell, smell2 = rng.sample(SMELLS, 2)
-        if "{pounds}" in template:
-            grade = rng.randrange(len(LENGTHS))
-            pounds = round(3 * 1.6**grade * math.exp(rng.gauss(0, 0.12)))
-            template = template.replace("{pounds}", str(pounds)).replace("{tag}", LENGTHS[grade])
+        # Words that only ever stand in each other's place end up with nearly equal embeddings, which no adapter on frozen
+        # embeddings could tell apart. So the ten grades have an order, and weights that overlap with their neighbours':
+        # from these the model learns a scale, as a large one has learned from English that huge is more than massive.
+        grade = rng.randrange(len(LENGTHS))
+        above = grade > 0 and (grade == len(LENGTHS) - 1 or rng.random() < 0.5)
+        pounds = max(1, 2 * grade + 3 + round(rng.gauss(0, 1.2)))
+        order = f"one above {LENGTHS[grade - 1]}" if above else f"one below {LENGTHS[grade + 1]}"
         text = template.format(
-            S=me.she.capitalize() if pronoun else me.name, s=me.she, p=me.her, L=you.name, C=self.people[0].name, U=self.people[1].name,
+            S=me.she.capitalize() if pronoun else me.name, H=me.she.capitalize(), s=me.she, p=me.her, n=me.name if rng.random() < 0.4 else me.she,
+            L=you.name, C=self.people[0].name, U=self.people[1].name, M=marker, tag=LENGTHS[grade], order=order, pounds=pounds,
             thing=self.topic, thing2=rng.choice([t for t in self.things if t != self.topic]), spot=spot, spot2=spot2,
-            adv=rng.choice(ADVERBS), adj=rng.choice(ADJECTIVES), colour=rng.choice(COLOURS), sound=rng.choice(SOUNDS), smell=smell, smell2=smell2,
+            adv=rng.choice(ADVERBS), adj=rng.choice(ADJECTIVES), colour=rng.choice(COLOURS), sound=rng.choice(SOUNDS), smell=rng.choice(SMELLS),
             weather=self.weather if rng.random() < 0.7 else rng.choice(WEATHER), food=self.food if rng.random() < 0.7 else rng.choice(FOOD),
-            animal=self.animal, feel=rng.choice(FEELINGS), time=self.time if rng.random() < 0.7 else rng.choice(TIMES),
-            job=me.job, town=me.town, hobby=me.hobby, keep=me.keepsake, trait=rng.choice(me.traits),
-            ljob=you.job, ltown=you.town, ltrait=rng.choice(you.traits), goal=self.goal, place=self.place, tag=rng.choice(LENGTHS),
+            drink=self.drink if rng.random() < 0.7 else rng.choice(DRINKS), animal=self.animal, feel=rng.choice(FEELINGS),
+            time=self.time if rng.random() < 0.7 else rng.choice(TIMES), job=me.job, town=me.town, hobby=me.hobby, keep=me.keepsake,
+            trait=rng.choice(me.traits), ljob=you.job, ltown=you.town, ltrait=rng.choice(you.traits), goal=self.goal, place=self.place,
         )  # fmt: skip
         return _capitalise(text)
 
     def message(self, who: int, budget: int) -> str:
-        """About `budget` words (at most two off), in sentences, with a blank line now and then."""
-        rng, out, left, previous, run = self.rng, [], budget, "", 0
-        while left > 0 and (left > 2 or not out):
-            if left <= 8:
-                pool = BRIEF if left < 6 or rng.random() < 0.5 else REACTIONS + QUESTIONS
-            elif not out and rng.random() < 0.6:
-                pool = REACTIONS
-            else:
-                pool = rng.choices((ACTIONS, REMARKS, QUESTIONS, self.scenery, THOUGHTS, BRIEF), (5, 6, 2, 3, 3, 1))[0]
-            for _ in range(30):  # the longest that fits is not wanted, any that fits is
-                template = rng.choice(pool)
-                sentence = self.fill(template, who, pronoun=bool(out) and rng.random() < 0.6)
-                if template != previous and count_words(sentence) <= left + (0 if out else 1):
-                    break
-            else:
-                if out:
-                    break
-                sentence = rng.choice(('"Yes."', '"No."', '"Good."'))
-            previous = template
-            if pool in (ACTIONS, THOUGHTS) and left > 25 and rng.random() < 0.3:
-                tail = self.fill(rng.choice(TAILS), who, pronoun=True)
-                sentence = sentence[:-1] + tail + "."
-            run += 1
-            paragraph = run > 4 and left > 15 and rng.random() < 0.35
-            out.append(("\n\n" if paragraph else " " if out else "") + sentence)
-            run = 0 if paragraph else run
-            left -= count_words(sentence)
-            if rng.random() < 0.12:
-                self.topic = rng.choice(self.things)
-        return "".join(out)
+        """A text of the budget's length class, as near to `budget` words as a few attempts come."""
+        best, distance = "", math.inf
+        for _ in range(12):
+            text = self._attempt(who, budget)
+            words = count_words(text)
+            off = abs(words - budget) + 1000 * (length_class(text) != class_of(budget))
+            if off < distance:
+                best, distance = text, off
+            if distance <= max(1, 0.05 * budget):
+                break
+        if self.rng.random() < 0.3:
+            self.topic = self.rng.choice(self.things)
+        return best
+
+    def _attempt(self, who: int, budget: int) -> str:
+        """Up to thirty words: one to three sentences; above: a lead, and paragraphs of about 24 words."""
+        rng = self.rng
+        rank = LENGTHS.index(class_of(budget))
+        if rank < len(SHAPES):
+            pools = rng.choice(SHAPES[rank])
+            templates = [t for pool in pools for t in rng.sample(pool, 1)]
+            return " ".join(self.fill(t, who, pronoun=k > 0) for k, t in enumerate(templates))
+        low, high = STEPS[rank - len(SHAPES)]
+        steps = min(high, max(low, round((budget - 12) / 24)))
+        parts = [self.fill(rng.choice(LEADS), who)]
+        for template, markers in zip(rng.sample(PARAGRAPHS, steps), STAGES, strict=False):
+            parts.append(self.fill(template, who, pronoun=True, marker=rng.choice(markers)))
+        return "\n\n".join(parts)
 
     def budget(self, who: int, previous: float) -> int:
         """Words of the next message: log-normal, shifted by talkativeness, pulled a little to the message before."""
         median = math.log(MEDIAN_WORDS) + TALK_SHIFT[self.people[who].talk] - (0.35 if who == 1 else 0.0)
         median += 0.2 * (previous - median)
         return max(1, min(MAX_WORDS, round(math.exp(self.rng.gauss(median, SIGMA)))))
+
+    def budget_of(self, rank: int) -> int:
+        """Words of a message of a class, drawn evenly on a log scale."""
+        low, high = (1, *BOUNDS)[rank], (*BOUNDS, MAX_WORDS)[rank]
+        return round(math.exp(self.rng.uniform(math.log(low), math.log(high - 0.5))))
 
     def setting(self) -> tuple[Pair, Pair, str]:
         names = Pair(self.people[0].name, self.people[1].name)
@@ -339,28 +403,27 @@ def labelled_story(
     natural distribution, which has few replies of the outer classes. Replies without modifier keep their natural length.
     `requests` is the share of user messages that end in a plain-language wish (REQUESTS), which the reply then follows.
     """
-    w = Writer(seed, graded=requests > 0)
+    w = Writer(seed)
     names, personas, scenario = w.setting()
     messages: list[Message] = []
     lengths: list[str | None] = []
     words, previous = 0, math.log(MEDIAN_WORDS)
-    wish: tuple[int, int] | None = None
+    wish: int | None = None
     for turn in range(max_turns):
         who = 1 - turn % 2  # the user begins
         budget = w.budget(who, previous)
         if who == 0:
             labelled = w.rng.random() >= omit
             if labelled and w.rng.random() < balanced:
-                low, high = w.rng.choice(list(zip((1, *BOUNDS), (*BOUNDS, MAX_WORDS), strict=True)))
-                budget = round(math.exp(w.rng.uniform(math.log(low), math.log(high - 0.5))))
-            if wish:
-                budget, wish = round(math.exp(w.rng.uniform(math.log(wish[0]), math.log(wish[1])))), None
+                budget = w.budget_of(w.rng.randrange(len(LENGTHS)))
+            if wish is not None:
+                budget, wish = w.budget_of(wish), None
         if turn >= 2 and who == 1 and words + budget > max_words:
             break
         text = w.message(who, budget)
         if who == 1 and requests and w.rng.random() < requests:
-            low, high, sentences = w.rng.choice(REQUESTS)
-            text, wish = f"{text} {w.fill(w.rng.choice(sentences), who)}", (low, high)
+            wish = w.rng.randrange(len(LENGTHS))
+            text = f"{text} {w.fill(w.rng.choice(REQUESTS[wish]), who)}"
         previous, words = math.log(count_words(text)), words + count_words(text)
         messages.append(Message("user" if who else "character", text))
         if who == 0:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, MixtralForCausalLM, OlmoeForCausalLM
 from transformers.masking_utils import flash_attention_mask
 
-from helpers import losses, training
+from helpers import attention, losses, training
 from helpers.data import build_corpus
 from helpers.router_losses import attach_router_losses
 from helpers.tokens import Collator, Encoded, document_bounds, packed_row
@@ -113,8 +113,8 @@ def test_flash_attention_without_bounds_would_mix_documents():
 @pytest.mark.parametrize("name", ["sdpa", "flex_attention", VARLEN])
 def test_loss_and_gradients_of_a_training_batch_are_those_of_eager(base, batch, name, tmp_path):
     found = []
-    for attention in ("eager", name):
-        model = training.prepare_model(small_profile(base, lora_dropout=0.0), attention).to(DEVICE)
+    for kind in ("eager", name):
+        model = training.prepare_model(small_profile(base, lora_dropout=0.0), kind).to(DEVICE)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:  # B starts at zero, and then A gets no gradient
@@ -169,27 +169,27 @@ def test_the_bounds_count_padding_as_a_document():
     ],
 )
 def test_the_best_attention_that_is_there(kind, dtype, capability, flash, problem, wanted):
-    name, why = training._best_attention(kind, dtype, capability, flash, lambda: problem)
+    name, why = attention.best_attention(kind, dtype, capability, flash, lambda: problem)
     assert name == wanted and why and (problem is None or problem in why)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_it_is_sdpa_and_what_fails_is_one_line():
-    assert training.choose_attention(MixtralForCausalLM, "float32") == ("sdpa", "there is no CUDA GPU")
-    assert training.choose_attention(MixtralForCausalLM, "float32", "eager") == ("eager", "asked for")
-    problem = training.flex_problem("cpu")  # the trial takes gradients, which torch has no kernel for here
+    assert attention.choose_attention(MixtralForCausalLM, "float32") == ("sdpa", "there is no CUDA GPU")
+    assert attention.choose_attention(MixtralForCausalLM, "float32", "eager") == ("eager", "asked for")
+    problem = attention.flex_problem("cpu")  # the trial takes gradients, which torch has no kernel for here
     assert problem and "backward" in problem and "\n" not in problem
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_flex_attention_runs_on_this_gpu():
-    assert training.flex_problem() is None
+    assert attention.flex_problem() is None
 
 
 def test_a_run_takes_the_attention_that_was_asked_for_and_says_so(base, tmp_path, capsys):
     profile = small_profile(base, max_steps=3)
     default, eager = train(base, tmp_path / "default", profile), train(base, tmp_path / "eager", profile, attention="eager")
     assert "attention: eager (asked for)" in capsys.readouterr().out
-    for result, name in ((default, training.choose_attention(MixtralForCausalLM, "float32")[0]), (eager, "eager")):
+    for result, name in ((default, attention.choose_attention(MixtralForCausalLM, "float32")[0]), (eager, "eager")):
         assert json.loads((result.run_dir / "result.json").read_text())["attention"] == name
     assert abs(default.history[-1]["loss"] - eager.history[-1]["loss"]) < 1e-4

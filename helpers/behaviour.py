@@ -162,7 +162,7 @@ def names_in(text: str, known: set[str]) -> set[str]:
 
 def known_names(stories: Iterable[Story]) -> set[str]:
     """The names of all speakers, and those that the story generator uses."""
-    from helpers.tiny_stories import HE, SHE
+    from helpers.tiny_words import HE, SHE
 
     return {*SHE, *HE} | {name for s in stories for name in s.names}
 
@@ -172,7 +172,7 @@ TALKATIVE = ("quiet", "easy", "talkative")
 
 def talkativeness(story: Story) -> str | None:
     """How much the character talks, by its persona; None where a persona does not say it in the story generator's words."""
-    from helpers.tiny_stories import TALK
+    from helpers.tiny_words import TALK
 
     for kind, sentences in TALK.items():
         if any(story.personas.character.endswith(s.format(N=story.names.character)) for s in sentences):

@@ -12,14 +12,14 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from helpers.lengths import LENGTHS, length_class
+from helpers.lengths import LENGTHS, class_of
 
 Interval = tuple[float, float]
 
 
 def word_class(words: int) -> int:
     """Rank of the length class of a reply with that many words."""
-    return LENGTHS.index(length_class("x " * words))
+    return LENGTHS.index(class_of(words))
 
 
 # ------------------------------------------------------------------------------------------------------------ bootstrap

@@ -106,9 +106,14 @@ OVERLAPPING = Scheme(
 )
 
 
+def class_of(words: int, bounds: Sequence[int] = BOUNDS) -> str:
+    """The class of a number of words."""
+    return LENGTHS[bisect_right(bounds, words)]
+
+
 def length_class(text: str, bounds: Sequence[int] = BOUNDS) -> str:
     """The class of a reply, by its number of words. Total (every text has one) and monotone in the number of words."""
-    return LENGTHS[bisect_right(bounds, count_words(text))]
+    return class_of(count_words(text), bounds)
 
 
 def word_range(name: str, bounds: Sequence[int] = BOUNDS) -> tuple[int, int | None]:

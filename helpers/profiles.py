@@ -82,7 +82,7 @@ PROFILES: dict[str, Profile] = {
             accumulation=1,
             learning_rate=4e-3,
             epochs=1,
-            max_steps=1200,
+            max_steps=1600,
             warmup_steps=40,
             lora_r=16,
             lora_alpha=32,
@@ -90,7 +90,7 @@ PROFILES: dict[str, Profile] = {
             lora_router=False,
             gradient_checkpointing=False,
             save_steps=200,
-            stories="generated:2600",
+            stories="generated:3400",
             reasons=(
                 "a 2 M parameter Mixtral that ships with the course: real layers, real NF4, minutes on two CPU cores",
                 "fp32: bf16 products are emulated on most CPUs and slower",

@@ -11,10 +11,11 @@ import pytest
 import safetensors
 from transformers import AutoTokenizer
 
-from helpers import tiny, tiny_stories
-from helpers.lengths import BOUNDS, LENGTHS, count_words, length_class
+from helpers import tiny, tiny_words
+from helpers.lengths import BOUNDS, LENGTHS, class_of, count_words, length_class
 from helpers.prompts import format_story
-from helpers.tiny_stories import MAX_WORDS, STAGES, Writer, class_of, labelled_story, make_story
+from helpers.tiny_stories import MAX_WORDS, Writer, labelled_story, make_story
+from helpers.tiny_words import STAGES
 
 FIRST = 77_000_000  # seeds that nothing else uses
 
@@ -70,7 +71,7 @@ def test_sentences_are_whole(stories):
     ("pool", "low", "high"), [("BRIEF", 1, 4), ("PLAIN", 5, 8), ("FULL", 9, 13), ("LEADS", 10, 15), ("PARAGRAPHS", 19, 29)]
 )
 def test_templates_keep_to_their_size_whatever_fills_them(pool, low, high):
-    for template in getattr(tiny_stories, pool):
+    for template in getattr(tiny_words, pool):
         for k in range(40):
             text = Writer(FIRST + k).fill(template, k % 2, pronoun=k % 3 == 0, marker="Half an hour later")
             assert low <= count_words(text) <= high, template
@@ -96,7 +97,7 @@ def test_what_takes_more_than_thirty_words_is_told_step_by_step():
 
 def test_nobody_speaks_for_the_other():
     """The prompt says that the character must not write the user's dialogue or narration."""
-    for template in (t for pool in ("BRIEF", "PLAIN", "FULL", "LEADS", "PARAGRAPHS") for t in getattr(tiny_stories, pool)):
+    for template in (t for pool in ("BRIEF", "PLAIN", "FULL", "LEADS", "PARAGRAPHS") for t in getattr(tiny_words, pool)):
         assert not re.search(r"(says|asks|whispers) \{L\}|\{L\} (says|asks|laughs|nods|takes|goes|answers)", template), template
 
 

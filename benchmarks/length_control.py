@@ -57,7 +57,7 @@ def train(name: str, folder: Path) -> Path:
 def measure(name: str, run: Path) -> dict:
     from helpers.evaluation import DEEP, FIRST, held_out, measure_length_control, size_of
     from helpers.experiment import evaluate_run, load_run
-    from helpers.generation import Sampling, print_progress
+    from helpers.generation import SAMPLERS, print_progress
     from helpers.training import load_result
 
     facts = load_result(run).facts
@@ -83,7 +83,7 @@ def measure(name: str, run: Path) -> dict:
             print(table)
             tables[place] = table.compact()
             if place == "first":
-                warm = Sampling(temperature=1.0)
+                warm = SAMPLERS["plain"]
                 free = measure_length_control(model, tokenizer, stories, warm, samples=samples, conditions=(None,), **settings)
                 extra = {"temperature 1.0": free.unasked}
     return {

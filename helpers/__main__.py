@@ -147,13 +147,13 @@ def _evaluate(options) -> int:
     environment.quiet()
     from helpers.evaluation import size_of
     from helpers.experiment import evaluate_run
-    from helpers.generation import Sampling, print_progress
+    from helpers.generation import SAMPLERS, print_progress
     from helpers.training import load_result, profile_of
 
     load_result(options.run)  # says what to type if there is no finished run
     size = size_of(profile_of(options.run))
     changes = {k: v for k in ("conversations", "samples", "batch_size") if (v := getattr(options, k)) is not None}
-    sampling = Sampling(temperature=options.temperature, seed=options.seed)
+    sampling = dataclasses.replace(SAMPLERS["course"], temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     size = dataclasses.replace(size, **changes)
     evaluate_run(options.run, size, sampling, options.controls, print_progress)
     return 0
@@ -166,10 +166,11 @@ def _chat(options) -> int:
     from helpers.chat import terminal
     from helpers.evaluation import held_out
     from helpers.experiment import load_run
-    from helpers.generation import Sampling
+    from helpers.generation import SAMPLERS
 
     profile, model, tokenizer = load_run(options.run)
-    terminal(model, tokenizer, held_out(profile, 6), sampling=Sampling(temperature=options.temperature, seed=options.seed))
+    sampling = dataclasses.replace(SAMPLERS["course"], temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+    terminal(model, tokenizer, held_out(profile, 6), sampling=sampling)
     return 0
 
 
@@ -251,12 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--batch-size", type=int, help="rows that are sampled at once (default: by profile)")
     evaluate.add_argument("--controls", action="store_true", help="also train and measure an adapter on shuffled labels")
     evaluate.add_argument("--temperature", type=float, default=0.8)
+    evaluate.add_argument("--top-p", type=float, default=0.95)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run_command=_evaluate)
 
     chat = commands.add_parser("chat", help="talk to a character of a finished run")
     chat.add_argument("run", type=Path)
     chat.add_argument("--temperature", type=float, default=0.8)
+    chat.add_argument("--top-p", type=float, default=0.95)
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(run_command=_chat)
 

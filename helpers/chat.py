@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from helpers.generation import Prompt, Sampling, stream_reply
+from helpers.generation import SAMPLERS, Prompt, Sampling, stream_reply
 from helpers.lengths import count_words, rank
 from helpers.schema import Message, Story
 from helpers.stories import clean
@@ -21,7 +21,7 @@ class Chat:
     """
 
     def __init__(self, model, tokenizer, setting: Story, sampling: Sampling | None = None):
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling or Sampling()
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling or SAMPLERS["course"]
         self.story = dataclasses.replace(setting, messages=())
         self.lengths: list[str | None] = []
         self.left_out = 0

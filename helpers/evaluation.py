@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import length_stats as stats
-from helpers.generation import Progress, Prompt, Sampling
+from helpers.generation import SAMPLERS, Progress, Prompt, Sampling
 from helpers.lengths import LENGTHS, count_words, length_class
 from helpers.profiles import ROOT, Profile
 from helpers.replies import recorded_replies
@@ -269,7 +269,7 @@ def measure_length_control(
     """
     if not stories:
         raise ValueError("no conversation to measure: none is held out, or none is deep enough")
-    sampling = sampling or Sampling()
+    sampling = sampling or SAMPLERS["course"]
     cases, prompts = [], []
     for number, story in enumerate(stories):
         before = story.before_reply(reply)

@@ -16,7 +16,7 @@ from typing import Any
 from helpers import behaviour, conclusions
 from helpers.controls import random_adapter, shuffled_labels
 from helpers.evaluation import DEEP, FIRST, LengthTable, Size, held_out, measure_length_control, size_of
-from helpers.generation import Progress, Sampling
+from helpers.generation import SAMPLERS, Progress, Sampling
 from helpers.lengths import LENGTHS
 from helpers.profiles import ROOT, Profile
 from helpers.training import load_result, profile_of, train, write_json
@@ -66,7 +66,7 @@ def evaluate_run(
     The base model and a random adapter are measured as controls, once a conversation. `controls=True` adds an adapter trained
     with shuffled labels (in `run_dir/controls/shuffled`), which costs as much as the run itself.
     """
-    run_dir, sampling = Path(run_dir), sampling or Sampling()
+    run_dir, sampling = Path(run_dir), sampling or SAMPLERS["course"]
     profile, model, tokenizer = load_run(run_dir)
     size = size or size_of(profile)
     folder = run_dir / "evaluation"
@@ -95,7 +95,7 @@ def evaluate_run(
         later = measure("8-shuffled-deep", "shuffled labels, deep", DEEP, of=other)
         found += conclusions.about_control(first, adapter) + conclusions.about_control(later, deep)
 
-    warm = dataclasses.replace(sampling, temperature=1.0)
+    warm = dataclasses.replace(SAMPLERS["plain"], seed=sampling.seed)
     asker = behaviour.Asker(model, tokenizer, sampling, size.batch_size, progress, kept)
     free = measure_length_control(
         model, tokenizer, stories[FIRST], warm, samples=size.samples, conditions=(None,), label="T 1.0",

@@ -83,11 +83,11 @@ class Sampling:
         return chain
 
 
-# As model cards of this family recommend them. Tail-free sampling, which the older ones name, is not in transformers; top-p
-# cuts the same tail.
+# As model cards of this family recommend them. Tail-free sampling, which the older ones name (temperature 0.7 to 0.85, tail
+# cut at 0.9 to 0.95), is not in transformers; top-p cuts the same tail.
 SAMPLERS = {
     "greedy": Sampling(temperature=0.0),
-    "course": Sampling(),
+    "course": Sampling(temperature=0.8, top_p=0.95),
     "plain": Sampling(temperature=1.0),
     "cool": Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
     "warm": Sampling(temperature=1.25, min_p=0.05, repetition_penalty=1.05),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.generation import Progress, Prompt, Reply, Sampling, iterate_replies, numbered, stream_seed
+from helpers.generation import SAMPLERS, Progress, Prompt, Reply, Sampling, iterate_replies, numbered, stream_seed
 
 
 def recorded_replies(
@@ -29,7 +29,7 @@ def recorded_replies(
     folder: str | Path | None = None,
 ) -> list[Reply]:
     """`generate_replies`, but those that `folder` holds already are read; new ones are written as their batch finishes."""
-    sampling = sampling or Sampling()
+    sampling = sampling or SAMPLERS["course"]
     prompts = numbered(prompts)
     keys = [f"{stream_seed(p, sampling.seed):014x}" for p in prompts]
     if folder is None:

@@ -5,6 +5,7 @@ Everything heavy is imported where it is used: the doctor must be able to say th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -258,8 +259,23 @@ def prepare_notebook() -> None:
         if not check.ok and not check.detail.startswith("not installed"):
             print(f"[FAIL] {check.name}: {check.detail}\n       -> {check.todo}")
 
+    use_colab_secret()
     quiet()
     print_environment()
+
+
+def use_colab_secret() -> None:
+    """On Colab, the secret HF_TOKEN (key icon at the left) for this process: it is neither printed nor written anywhere.
+
+    Some base models are only given to people who accepted their terms. huggingface_hub reads the variable by itself.
+    """
+    try:
+        from google.colab import userdata
+    except ImportError:
+        return
+    if not os.environ.get("HF_TOKEN"):
+        with contextlib.suppress(Exception):  # no such secret, no access to it, no answer: each has a class of its own
+            os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")
 
 
 def quiet() -> None:

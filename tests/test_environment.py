@@ -1,9 +1,11 @@
 """The doctor, and the lists of packages that it reads: they must agree with each other and with what the code imports."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
+import types
 from importlib import metadata
 
 import pytest
@@ -141,6 +143,7 @@ def test_everything_that_the_helpers_import_is_required():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            names = [name for name in names if name != "google.colab"]  # it is part of Colab, and nowhere else
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"helpers"}:
                 if top in providers:
                     assert known & {canonicalize_name(d) for d in providers[top]}, f"{file.name}:{node.lineno} imports {top}"
@@ -160,3 +163,27 @@ def test_the_pinned_versions_suit_every_package_that_is_installed():
                 if not requirement.specifier.contains(pin, prereleases=True):
                     clashes.append(f"{package.name} wants {requirement}, pinned is {pin}")
     assert seen > 50 and not clashes, "\n".join(clashes)
+
+
+def test_a_colab_secret_reaches_the_hub_and_is_never_printed(monkeypatch, capsys):
+    from huggingface_hub import get_token
+
+    asked = []
+    userdata = types.SimpleNamespace(get=lambda name: asked.append(name) or "hf_secret")
+    colab = types.ModuleType("google.colab")
+    colab.userdata = userdata
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setenv("HF_TOKEN", "")
+    environment.use_colab_secret()
+    assert get_token() == "hf_secret" and asked == ["HF_TOKEN"] and "hf_secret" not in "".join(capsys.readouterr())
+    environment.use_colab_secret()
+    assert asked == ["HF_TOKEN"], "a token that is set is left alone"
+
+    def refuses(_name):
+        raise TimeoutError
+
+    userdata.get = refuses
+    monkeypatch.setenv("HF_TOKEN", "")
+    environment.use_colab_secret()
+    assert not os.environ["HF_TOKEN"]

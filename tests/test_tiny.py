@@ -199,6 +199,28 @@ def test_pretraining_learns():
     assert not model.training and not model.config.output_router_logits
 
 
+@pytest.mark.slow
+def test_a_rebuild_begins_as_the_shipped_base_began():
+    """The recipe in the code is the one of the shipped weights: the same losses after 0 and 100 of the recorded steps."""
+
+    class Enough(Exception):
+        pass
+
+    def log(text, **_):
+        seen.append(json.loads(text))
+        if len(seen) == 2:
+            raise Enough
+
+    facts, seen = json.loads((tiny.HOME / "provenance.json").read_text()), []
+    steps, seed = map(int, re.fullmatch(r"python -m helpers\.tiny --steps (\d+) --seed (\d+)", facts["command"]).groups())
+    with pytest.raises(Enough):
+        tiny.pretrain(tiny.train_tokenizer(), steps, seed=seed, log=log)
+    for row, recorded in zip(seen, facts["history"], strict=False):
+        assert row["step"] == recorded["step"]
+        assert row["loss"] == pytest.approx(recorded["loss"], abs=0.02)  # other CPUs add in another order
+    assert steps * 2048 == facts["tokens"]
+
+
 def test_seeds_of_the_data_sets_never_meet():
     firsts = [tiny.TOKENIZER_SEED, tiny.BASE_SEED, tiny.ADAPTER_SEED, tiny.VALIDATION_SEED, tiny.EVALUATION_SEED]
     assert firsts == sorted(set(firsts))

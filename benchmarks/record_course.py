@@ -158,8 +158,8 @@ def outcome(results: dict, old: str) -> str:
 
 def peers() -> list[str]:
     """What the other benchmarks found."""
-    names = ("experts-cpu", "length-control-tiny", "router-losses-cpu", "training-cpu")
-    experts, lengths, routers, training = (json.loads((RESULTS.parent / f"{n}.json").read_text("utf-8")) for n in names)
+    names = ("experts-cpu", "length-control-tiny", "router-losses-cpu", "training-cpu", "generation-cpu")
+    experts, lengths, routers, training, sampling = (json.loads((RESULTS.parent / f"{n}.json").read_text("utf-8")) for n in names)
     share = max(times["share"] for times in routers["times"].values())
     rho = {name: v["tables"]["first"]["statistics"]["spearman"] for name, v in lengths["variants"].items()}
     size, medium = experts["settings"], training["sizes"]["medium"]
@@ -173,8 +173,11 @@ def peers() -> list[str]:
         for name, times in medium["variants"].items()
         if name != "ours"
     ]
+    batched = max(sampling["ways"].values(), key=lambda way: way["tokens a second"])
     return [
         f"* The router losses take at most {share:.2%} of a training step (`benchmarks/router_losses.py`).",
+        f"* Sampling in batches makes {batched['times the library one by one']:.0f} times as many tokens a processor second as "
+        "transformers' `generate` one by one (`benchmarks/generation.py`).",
         "* Spearman at the first reply, 40 conversations (`benchmarks/length_control.py`): "
         + ", ".join(f"{name} {value:+.2f}" for name, value in rho.items())
         + ".",

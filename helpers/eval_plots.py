@@ -55,8 +55,7 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figu
     natural = sorted(table.natural)
     if natural:
         middle = natural[len(natural) // 2]
-        axes.axhline(middle, color=BLACK, ls=":", lw=1)
-        axes.text(-0.45, middle * 0.95, "median of the conversations' own replies", fontsize=8, va="top")
+        axes.axhline(middle, color=BLACK, ls=":", lw=1, label="median of the conversations' own replies")
     axes.set_title(
         f"{table.label}, reply {table.reply + 1}: dots replies, boxes quartiles with median, diamonds means with 95 % interval"
     )
@@ -66,8 +65,9 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figu
         means = [r["mean"] for r in control.rows]
         spread = [[r["mean"] - r["low"] for r in control.rows], [r["high"] - r["mean"] for r in control.rows]]
         axes.errorbar(places, means, spread, fmt="s", color=PURPLE, mec=BLACK, ms=4, capsize=2, label=f"means, {control.label}")
-        axes.legend(loc="upper left", fontsize=9)
         text += f" Of the {control.label}: {_means(control)}."
+    if natural or control is not None:
+        axes.legend(loc="upper left", fontsize=9)
     return finish(figure, text)
 
 

@@ -20,7 +20,8 @@ Measure = Callable[[nn.Module], dict[str, float]]
 def held_out_stories(profile: Profile, count: int = 24) -> list[Labelled]:
     """Stories beside the training data, every reply with the modifier of its class.
 
-    tiny: generated as its training data, from seeds of their own; otherwise those of `data_samples/heldout`.
+    tiny: generated from seeds of their own, with fewer evenly drawn lengths than in training (0.6 for 0.9); otherwise those of
+    `data_samples/heldout`.
     """
     if not profile.stories.startswith("generated:"):
         stories = load_stories(ROOT / "data_samples" / "heldout")[:count]

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "course-tiny.json"
 NBSP = "\N{NO-BREAK SPACE}"
 PICTURE = RESULTS.with_name("length-control.png")
+PHONE = RESULTS.with_name("length-control-phone.png")
 
 
 def record() -> dict:
@@ -38,8 +39,9 @@ def record() -> dict:
     from helpers.eval_plots import plot_lengths
 
     adapter, base_table = (LengthTable.load(run / "evaluation" / f"{name}.json") for name in ("1-adapter", "3-base"))
-    figure = plot_lengths(adapter, control=base_table)
-    figure.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    for path, phone in ((PHONE, True), (PICTURE, False)):
+        figure = plot_lengths(adapter, control=base_table, phone=phone)
+        figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     return {
         "picture": figure.alt,
         "notebooks": course["notebooks"],
@@ -62,11 +64,14 @@ def figure(results: dict, old: str) -> str:
     ours, base = (results["evaluation"][k]["statistics"] for k in ("1-adapter", "3-base"))
     return "\n".join(
         [
-            f"![{results['picture']}]({PICTURE.relative_to(ROOT).as_posix()})",
+            "<picture>",
+            f'<source media="(max-width: 600px)" srcset="{PHONE.relative_to(ROOT).as_posix()}">',
+            f'<img src="{PICTURE.relative_to(ROOT).as_posix()}" alt="{results["picture"]}">',
+            "</picture>",
             "",
-            f"*What you will have built: ask for a length and get it. Each dot is one of {ours['replies']} replies of the `tiny` "
-            "model, grey is what the word means. Spearman correlation between the length asked for and the words that came: "
-            f"**{ours['spearman']:+.2f}**; before the training: {base['spearman']:+.2f}.*",
+            "*What you will have built: ask for a length and get it. Each dot is a reply of the `tiny` model, grey is what "
+            "the word means. Spearman correlation between the length asked for and the words that came, over "
+            f"{ours['replies']} replies: **{ours['spearman']:+.2f}**; before the training: {base['spearman']:+.2f}.*",
         ]
     )
 

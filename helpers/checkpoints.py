@@ -7,6 +7,7 @@ safetensors files is asked first: are all shards there and whole, does every par
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -57,6 +58,24 @@ def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
         if key not in stored or stored[key].file.name != name:
             raise ValueError(f"{name} in {path_or_id} lacks {key}, which {INDEX} says it holds")
     return stored
+
+
+def identity(path_or_id: str | Path, pieces: int = 64) -> str:
+    """Sixteen hex digits that stand for a checkpoint's weights: names, shapes, sizes, and `pieces` samples of 4 KiB of each file.
+
+    Seconds for 90 GB. Weights that were trained again differ nearly everywhere, so samples tell them apart.
+    """
+    stored = read_headers(path_or_id)
+    names = sorted((name, s.shape, s.dtype) for name, s in stored.items())
+    digest = hashlib.sha256(repr(names).encode())
+    for file in sorted({s.file for s in stored.values()}, key=lambda f: f.name):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for k in range(pieces):
+                stream.seek(max(0, size - 4096) * k // (pieces - 1))
+                digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def check_fits(stored: dict[str, Stored], config: PreTrainedConfig) -> None:

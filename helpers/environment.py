@@ -6,6 +6,7 @@ Everything heavy is imported where it is used: the doctor must be able to say th
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import shutil
@@ -126,6 +127,8 @@ def check_disk(profile: Profile) -> Check:
 def check_quantisation() -> Check:
     """NF4 for real, on the device that the course will use: normal values come back with a mean error of about 0.07."""
     import torch
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quiet`
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,7 +283,6 @@ def use_colab_secret() -> None:
 
 def quiet() -> None:
     """No progress bars (they leave widget state in notebooks, which GitHub cannot show) and no third-party notices."""
-    import logging
     import warnings
 
     import transformers

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from helpers.evaluation import LengthTable
 
 LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
-TICKS = (1, 3, 10, 30, 100, 300)
+TICKS, TOP = (1, 3, 10, 30, 100, 300), 420
 
 
 def _word_axis(axes, conditions: Sequence[str | None]) -> None:
@@ -25,21 +25,23 @@ def _word_axis(axes, conditions: Sequence[str | None]) -> None:
         if name in LENGTHS:
             low, high = word_range(name)
             axes.fill_between([x - 0.46, x + 0.46], low - 0.5, (high or 320) + 0.5, color="#dddddd", zorder=0, lw=0)
-    axes.set(yscale="log", ylabel="words in the reply (log scale)", xticks=range(len(conditions)), ylim=(0.6, 420))
+    axes.set(yscale="log", ylabel="words in the reply (log scale)", xticks=range(len(conditions)), ylim=(0.6, TOP))
     axes.set_xticklabels([c or "(none)" for c in conditions], rotation=20, ha="right")
     axes.set_yticks(TICKS, [str(t) for t in TICKS])
     axes.set_yticks([], minor=True)
     axes.grid(False, axis="x")
 
 
-def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figure:
+def plot_lengths(table: LengthTable, control: LengthTable | None = None, phone: bool = False) -> Figure:
     """Every reply as a dot, quartiles as a box, the mean with its 95 % interval; shaded: what each class means.
 
-    Of `control`, the means and their intervals as squares.
+    Of `control`, the means and their intervals as squares. `phone`: narrow, so that its words can be read on one.
     """
-    figure, axes = new_figure(10, 4.4)
+    figure, axes = new_figure(*(4.6, 4.2) if phone else (10, 4.4))
     conditions = table.conditions
     _word_axis(axes, conditions)
+    if phone:
+        axes.tick_params("x", rotation=60)
     for x, (c, row) in enumerate(zip(conditions, table.rows, strict=True)):
         chosen = table.of(c)
         places = [x - 0.22 + 0.3 * ((i * 0.618) % 1 - 0.5) for i in range(len(chosen))]
@@ -47,7 +49,8 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figu
             dots = [(p, max(r["words"], 0.7)) for p, r in zip(places, chosen, strict=True) if r["end"] == end]
             if dots:
                 axes.plot(*zip(*dots, strict=True), marker, color=colour, ms=2.6, alpha=0.35, mew=0)
-        axes.fill_between([x + 0.04, x + 0.2], max(row["q25"], 0.7), row["q75"], facecolor=SKY, edgecolor=BLUE, lw=1)
+        low, high = (TOP if row[k] is None else max(row[k], 0.7) for k in ("q25", "q75"))  # None: beyond what was cut off
+        axes.fill_between([x + 0.04, x + 0.2], low, high, facecolor=SKY, edgecolor=BLUE, lw=1)
         if row["median"] is not None:
             axes.plot([x + 0.04, x + 0.2], [row["median"]] * 2, color=BLACK, lw=2)
         spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
@@ -56,9 +59,8 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None) -> Figu
     if natural:
         middle = natural[len(natural) // 2]
         axes.axhline(middle, color=BLACK, ls=":", lw=1, label="median of the conversations' own replies")
-    axes.set_title(
-        f"{table.label}, reply {table.reply + 1}: dots replies, boxes quartiles with median, diamonds means with 95 % interval"
-    )
+    what, signs = f"{table.label}, reply {table.reply + 1}", "boxes quartiles with median, diamonds means with 95 % interval"
+    axes.set_title(f"{what}; diamonds: means, 95 % interval" if phone else f"{what}: dots replies, {signs}")
     text = f"Words of single replies by the length asked for, on a log axis. Means: {_means(table)}."
     if control is not None:
         places = [conditions.index(c) + 0.42 for c in control.conditions]
@@ -154,9 +156,9 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Perplexity of the conversations' own replies by class, with their modifiers and without."""
     figure, axes = new_figure(8.5, 3.2)
     for kind, (colour, marker) in zip(("without", "with"), (LOOKS[1], LOOKS[0]), strict=True):
-        axes.plot([r[kind] for r in rows], marker + "-", color=colour, label=f"{kind} the right modifier")
-    axes.set_xticks(range(len(rows)), [f"{r['length']}\n{r['replies']} replies" for r in rows], fontsize=8)
-    axes.set(ylabel="perplexity a token", title="The modifier tells the model something: held-out replies become likelier")
+        axes.plot([r[kind] for r in rows], marker + "-", color=colour, label=f"{kind} modifiers")
+    axes.set_xticks(range(len(rows)), [f"{r['length']}\nn = {r['replies']}" for r in rows], fontsize=8)
+    axes.set(ylabel="perplexity", title="The modifier tells the model something: held-out replies become likelier")
     axes.legend()
     gains = ", ".join(f"{r['length']} {r['without']:.2f} to {r['with']:.2f}" for r in rows)
     return finish(figure, f"Perplexity of held-out replies without and with their modifier: {gains}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ def size_of(profile: Profile) -> Size:
 def held_out(profile: Profile, count: int, reply: int = FIRST, max_prompt_words: int = 330) -> list[Story]:
     """Conversations that no training saw, each with at least `reply` + 1 character replies.
 
-    tiny: generated from seeds of their own; otherwise the held-out sample stories. For a fair comparison all conversations
-    fit the context with room for the longest reply.
+    tiny: generated from seeds of their own, and chosen so that all fit the context with room for the longest reply. Otherwise
+    the held-out sample stories, at most as many as there are; a prompt that leaves no room is refused when it is sampled from.
     """
     if not profile.stories.startswith("generated:"):
         stories = load_stories(ROOT / "data_samples" / "heldout")
@@ -97,16 +98,18 @@ class LengthTable:
     def rows(self) -> list[dict[str, Any]]:
         """One row a condition. Words: mean and median with 95 % intervals, quartiles; shares in class and cut off; tokens.
 
-        `median` allows for replies that were cut off (Kaplan-Meier) and is None if too many were.
+        Medians, their intervals and quartiles allow for replies that were cut off (Kaplan-Meier); None where too many were.
         """
         table = []
         for c in self.conditions:
             chosen = self.of(c)
             words, stories = [r["words"] for r in chosen], [r["story"] for r in chosen]
             low, high = stats.bootstrap(words, groups=stories)
-            median_low, median_high = stats.bootstrap(words, stats.np.median, groups=stories)
-            q25, _, q75 = statistics.quantiles(words, n=4, method="inclusive") if len(words) > 1 else words * 3
             cut = [r["end"] == "limit" for r in chosen]
+            median_low, median_high = (
+                None if math.isinf(end) else end for end in stats.censored_median_interval(words, cut, stories)
+            )
+            q25, median, q75 = (stats.censored_quantile(words, cut, q) for q in (0.25, 0.5, 0.75))
             rank = [LENGTHS.index(c)] * len(words) if c else None
             table.append(
                 {
@@ -116,7 +119,7 @@ class LengthTable:
                     "low": low,
                     "high": high,
                     "q25": q25,
-                    "median": stats.censored_median(words, cut),
+                    "median": median,
                     "median low": median_low,
                     "median high": median_high,
                     "q75": q75,
@@ -130,17 +133,28 @@ class LengthTable:
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        """Effect over single replies of the ten lengths. `spearman_p` takes replies as independent; the interval does not."""
+        """Effect over single replies of the ten lengths. `spearman_p` takes replies as independent; the interval does not.
+
+        Of a table that asks for no length, only what can be said without one.
+        """
         from scipy.stats import spearmanr
 
+        everything = {
+            "cut_off": sum(r["end"] == "limit" for r in self.replies) / len(self.replies),
+            "impersonated": sum(r["end"] == "stop" for r in self.replies) / len(self.replies),
+            **self.unasked,
+        }
         asked = [r for r in self.replies if r["condition"] is not None]
+        if not asked:
+            return everything
         ranks, words = [LENGTHS.index(r["condition"]) for r in asked], [r["words"] for r in asked]
         got = [stats.word_class(w) for w in words]
         low, high = stats.spearman_interval(ranks, words, [r["story"] for r in asked])
         rho = stats.spearman(ranks, words)
         classes = [r for r in self.rows if r["in class"] is not None]
         medians = [float("inf") if r["median"] is None else r["median"] for r in classes]
-        apart = stats.separated([(r["median low"], r["median high"]) for r in classes])
+        ends = [[math.inf if r[k] is None else r[k] for k in ("median low", "median high")] for r in classes]
+        apart = stats.separated(ends)
         chance, chance_p = stats.permuted_information(ranks, got)
         return {
             "replies": len(asked),
@@ -155,13 +169,11 @@ class LengthTable:
             "rising_means": stats.rising([r["mean"] for r in classes]) / max(1, len(classes) - 1),
             "rising_medians": stats.rising(medians),
             "separated_medians": sum(apart),
-            "top_three_separated": all(apart[-2:]),
+            "top_three_separated": len(apart) > 1 and all(apart[-2:]),
             "information": stats.mutual_information(ranks, got),
             "information_by_chance": chance,
             "information_p": chance_p,
-            "cut_off": sum(r["end"] == "limit" for r in self.replies) / len(self.replies),
-            "impersonated": sum(r["end"] == "stop" for r in self.replies) / len(self.replies),
-            **self.unasked,
+            **everything,
         }
 
     @property
@@ -191,18 +203,21 @@ class LengthTable:
         ]
         for r in self.rows:
             shares = "".join(f"{'' if r[k] is None else f'{r[k]:.0%}':>10}" for k in ("in class", "within one"))
-            median = "cut" if r["median"] is None else f"{r['median']:.0f}"
-            interval, quartiles = f"[{r['low']:.1f}, {r['high']:.1f}]", f"{r['q25']:.0f} / {median} / {r['q75']:.0f}"
+            interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+            quartiles = " / ".join("cut" if r[k] is None else f"{r[k]:.0f}" for k in ("q25", "median", "q75"))
             lines.append(
                 f"{r['length']:<11}{r['n']:>5}{r['mean']:>12.1f}{interval:>17}{quartiles:>16}{r['tokens']:>8.0f}{shares}"
                 f"{r['cut off']:>9.0%}"
             )
         s = self.statistics
+        if "spearman" not in s:
+            return "\n".join(lines)
+        few = f"; intervals from {s['conversations']} conversations say little" if s["conversations"] < 10 else ""
         lines.append(
             f"{self.label}: Spearman {s['spearman']:+.2f} [{s['spearman_low']:+.2f}, {s['spearman_high']:+.2f}], Kendall "
             f"{s['kendall']:+.2f} over {s['replies']} single replies; in class {s['in_class']:.0%}, within one "
             f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits; {s['rising_medians']} of 9 medians rise, "
-            f"{s['separated_medians']} beyond their intervals"
+            f"{s['separated_medians']} beyond their intervals{few}"
         )
         return "\n".join(lines)
 

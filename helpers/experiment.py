@@ -33,7 +33,7 @@ def recorded() -> dict[str, Any]:
 def recorded_tables(place: str = "first") -> dict[str, LengthTable]:
     """Their length tables by variant, and of the controls that need no training. place: "first" or "deep"."""
     variants = recorded()["variants"]
-    tables = {name: LengthTable.from_compact(v["tables"][place]) for name, v in variants.items()}
+    tables = {n: dataclasses.replace(LengthTable.from_compact(v["tables"][place]), label=n) for n, v in variants.items()}
     for data in variants.get("seed 42", {}).get("controls", {}).values():
         table = LengthTable.from_compact(data)
         if (table.reply == DEEP) == (place == "deep"):
@@ -42,13 +42,18 @@ def recorded_tables(place: str = "first") -> dict[str, LengthTable]:
 
 
 def load_run(run_dir: str | Path):
-    """(profile, model, tokenizer) of a finished run: its base in 4 bit with its adapter."""
+    """(profile, model, tokenizer) of a finished run: its base in 4 bit with its adapter.
+
+    ValueError if the base's weights are no longer those that the adapter was trained on.
+    """
     from transformers import AutoTokenizer
 
+    from helpers import resume
     from helpers.qlora import load_lora
     from helpers.quantization import load_4bit
 
     result, profile = load_result(run_dir), profile_of(run_dir)
+    resume.check_settings(Path(run_dir), resume.settings(profile))
     model = load_lora(load_4bit(profile.base_path, dtype=profile.dtype), result.adapter)
     return profile, model, AutoTokenizer.from_pretrained(result.adapter)
 

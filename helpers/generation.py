@@ -32,6 +32,7 @@ from transformers.generation import (
 )
 
 from helpers.lengths import LENGTHS, word_range
+from helpers.losses import without_dropout
 from helpers.prompts import Lengths, stop_strings
 from helpers.stories import Story
 from helpers.tokens import encode_prompt
@@ -186,11 +187,11 @@ def stream_reply(model: PreTrainedModel, tokenizer, prompt: Prompt, sampling: Sa
     with steady(model):
         cache, mask = _prefill(model, [prompt.ids[:-1]])
         for _ in _decode(model, cache, mask, [0], [len(prompt.ids) - 1], rows):
-            text = tokenizer.decode(rows.tokens[0], skip_special_tokens=True).lstrip()
-            safe = _decided(text, prompt.stops)
-            if safe > shown:
-                yield text[shown:safe]
-                shown = safe
+            text = tokenizer.decode(rows.tokens[0], skip_special_tokens=True)
+            safe = text[: _decided(text, prompt.stops)].lstrip()  # a stop string may begin with the first newline
+            if len(safe) > shown:
+                yield safe[shown:]
+                shown = len(safe)
         rest = rows.replies()[0].text[shown:]
         if rest:
             yield rest
@@ -222,15 +223,14 @@ def steady(model: PreTrainedModel) -> Iterator[None]:
     Products of small matrices are too short to be shared out: two threads mostly wait for each other, and for every other
     program on the machine.
     """
-    was_training, threads = model.training, torch.get_num_threads()
-    model.eval()
+    threads = torch.get_num_threads()
     try:
         if model.device.type == "cpu" and model.config.hidden_size < 1024:
             torch.set_num_threads(1)
-        yield
+        with without_dropout(model):
+            yield
     finally:
         torch.set_num_threads(threads)
-        model.train(was_training)
 
 
 def print_progress(done: int, total: int, seconds_left: float) -> None:
@@ -266,7 +266,7 @@ def _chunks(prompts: Sequence[Prompt], apart: int = 32) -> Iterator[list[tuple[t
         groups.append([ids, len(ids) - 1, [i]])
     chunk: list[tuple[tuple[int, ...], list[int]]] = []
     for ids, shared, members in sorted(groups, key=lambda g: g[1]):  # so the last prefix is the longest
-        if chunk and (len(chunk) + 1) * shared > PREFILL_TOKENS:
+        if chunk and ((len(chunk) + 1) * shared > PREFILL_TOKENS or (shared and not chunk[-1][0])):  # nothing and something
             yield chunk
             chunk = []
         chunk.append((ids[:shared], members))
@@ -284,8 +284,8 @@ def _left_padded(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]
 
 @torch.inference_mode()
 def _prefill(model, prefixes: Sequence[Sequence[int]]):
-    """Key-value cache and attention mask (B, T) of prompts read up to their own last tokens."""
-    if not all(prefixes):  # a prompt of one token has nothing before it
+    """Key-value cache and attention mask (B, T) of prompts read up to their own last tokens; all have such a prefix, or none."""
+    if not any(prefixes):  # a prompt of one token has nothing before it
         return None, torch.zeros(len(prefixes), 0, dtype=torch.long, device=model.device)
     ids, mask = _left_padded(prefixes, model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)

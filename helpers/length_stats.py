@@ -50,7 +50,9 @@ def bootstrap(
     for _ in range(draws):
         drawn = rng.integers(len(members), size=len(members))
         results.append(statistic(values[np.concatenate([members[k] for k in drawn])]))
-    low, high = np.quantile(results, (0.025, 0.975))
+    # between a number and infinity (a median that was cut off) nothing can be interpolated
+    method = "linear" if np.isfinite(results).all() else "closest_observation"
+    low, high = np.quantile(results, (0.025, 0.975), method=method)
     return float(low), float(high)
 
 
@@ -112,15 +114,17 @@ def separated(intervals: Sequence[Interval]) -> list[bool]:
 def mutual_information(asked: Sequence[int], got: Sequence[int], corrected: bool = True) -> float:
     """Bits that the obtained class tells about the asked one; log2(10) = 3.32 for perfect control of ten classes.
 
-    The plain estimate is above 0 even for independent columns. The correction takes off its expectation,
-    (rows - 1)(columns - 1) / (2 n ln 2) (Miller 1955; see Paninski 2003), and never goes below 0.
+    The plain estimate is above 0 even for independent columns. The correction takes off the first-order bias,
+    (pairs that occur - rows - columns + 1) / (2 n ln 2) (Miller 1955; Panzeri and Treves 1996). The result is kept between
+    0 and the entropy of the asked classes, the most that there is to know.
     """
     n = len(asked)
     both, first, second = Counter(zip(asked, got, strict=True)), Counter(asked), Counter(got)
     bits = sum(c / n * np.log2(c * n / (first[a] * second[g])) for (a, g), c in both.items())
     if corrected:
-        bits -= (len(first) - 1) * (len(second) - 1) / (2 * n * np.log(2))
-    return max(0.0, float(bits))
+        bits -= (len(both) - len(first) - len(second) + 1) / (2 * n * np.log(2))
+    most = -sum(c / n * np.log2(c / n) for c in first.values())
+    return float(min(max(0.0, bits), most))
 
 
 def permuted_information(asked: Sequence[int], got: Sequence[int], draws: int = 200, seed: int = 0) -> tuple[float, float]:
@@ -158,20 +162,37 @@ def kaplan_meier(values: Sequence[float], censored: Sequence[bool]) -> tuple[lis
     return times, survival
 
 
-def censored_median(values: Sequence[float], censored: Sequence[bool]) -> float | None:
-    """Median length under Kaplan-Meier; None if more than half were cut off before one could be seen.
+def censored_quantile(values: Sequence[float], censored: Sequence[bool], q: float) -> float | None:
+    """Length that a share `q` of replies does not exceed, under Kaplan-Meier; None if too many were cut off to see one.
 
-    Without cuts it is the ordinary median (the middle of the two middle values for an even number).
+    Without cuts it is the ordinary quantile, interpolated (for the median: the middle of the two middle values).
     """
     if not any(censored):
-        return float(np.median(values))
+        return float(np.quantile(values, q))
     times, survival = kaplan_meier(values, censored)
     for k, (time, left) in enumerate(zip(times, survival, strict=True)):
-        if abs(left - 0.5) < 1e-12:  # flat at one half: the middle of the step, as for the ordinary median
+        if abs(left - (1 - q)) < 1e-12:  # flat there: the middle of the step, as for the ordinary median
             return (time + times[k + 1]) / 2 if k + 1 < len(times) else float(time)
-        if left < 0.5:
+        if left < 1 - q:
             return float(time)
     return None
+
+
+def censored_median(values: Sequence[float], censored: Sequence[bool]) -> float | None:
+    """Median length under Kaplan-Meier."""
+    return censored_quantile(values, censored, 0.5)
+
+
+def censored_median_interval(values: Sequence[float], censored: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
+    """95 % interval of `censored_median`; infinity for an end that cannot be seen."""
+    if not any(censored):
+        return bootstrap(values, np.median, groups)
+
+    def median(pairs: np.ndarray) -> float:
+        found = censored_median(pairs[:, 0].tolist(), pairs[:, 1].astype(bool).tolist())
+        return np.inf if found is None else found
+
+    return bootstrap(np.column_stack([values, censored]), median, groups, draws=400)
 
 
 # ----------------------------------------------------------------------------------------------------------------- texts

@@ -1,16 +1,17 @@
 """Ten length classes for replies: `micro` … `unlimited`.
 
 The names and their order are the model card's. Its author never published thresholds, unit or omission rate, so these are
-ours: `OURS` counts words (`len(text.split())`), and from `tiny` on each class is about 1.5 times as long as the one before,
+ours: `OURS` counts words (`len(text.split())`), and from `short` on each class is about 1.5 times as long as the one before,
 which is the smallest step that a reader notices and that a model of whole sentences can hit. The bounds lie at even steps of
 a log-normal distribution, the shape of reply lengths in chats (notebook 1 draws it).
 
-`unlimited` means "as long as you like": every reply of 150 words or more, with no upper end. It is a class like the others in
-training; in sampling nothing but the stop strings and the context ends such a reply.
+`unlimited` means "as long as you like": every reply of 150 words or more, with no upper end. It is a class like the others, in
+training and in sampling: the reply ends where the model writes its end token.
 
 `OVERLAPPING` is the documented alternative: seventeen ranges that overlap, one of the fitting ones drawn at random, as in
 Charles Goddard's `rathe` (rathe/rp.py, branch feature/rp), from whose author the card's router losses come. Its descriptors are
-other words, half of all replies stay without one there, and a reply of 500 words or more has none.
+other words, or mean other lengths (its `medium` is 130 to 179 words); half of all replies stay without one there, and a reply
+of 500 words or more has none.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def completion_states(model: nn.Module, inputs: dict, labels: Tensor, head: nn.M
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; afterwards every module is in the mode in which it was, and can be trained on.
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode in which it was, and can be trained on.
 
     bitsandbytes' linear layers run in train mode. They have no dropout, and on a CPU with AVX512-BF16 a pass in eval mode would
     repack their weights for good, into a form whose product has no gradient.
@@ -136,11 +136,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             if isinstance(module, Linear4bit):
                 module.training = True
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """As `without_dropout`, and no gradients."""
+    with without_dropout(model), torch.no_grad():
+        yield
 
 
 def plain_head(model: nn.Module) -> bool:

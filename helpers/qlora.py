@@ -215,13 +215,20 @@ def check_adapters(model: PeftModel, config: LoraConfig) -> None:
     for target in config.target_parameters or []:
         if target.rpartition(".")[2] not in wrapped:
             raise RuntimeError(f"no adapter was put on {target}: PEFT found no parameter of this name")
+    if isinstance(config.target_modules, str):  # a pattern, or "all-linear", of a stock adapter
+        if not adapted:
+            raise RuntimeError(f"no adapter was put on {config.target_modules}: PEFT found no module that matches")
+        return
     for target in config.target_modules or []:
         if not any(f".{target}." in n for n in adapted):
             raise RuntimeError(f"no adapter was put on {target}: PEFT found no module of this name")
 
 
 def adapter_norms(model: nn.Module) -> dict[str, float]:
-    """Frobenius norm of every LoRA tensor, as `<module or parameter>.lora_A|B`: which parts have learned."""
+    """Root mean square of every LoRA tensor, as `<module or parameter>.lora_A|B`: which parts have learned.
+
+    The mean, because a plain norm grows with the tensor: that of a stack of experts would dwarf every other.
+    """
     norms = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -231,7 +238,7 @@ def adapter_norms(model: nn.Module) -> dict[str, float]:
             name += f".{module.parameter_name}"
         for kind in ("lora_A", "lora_B"):
             for adapter in getattr(module, kind).values():
-                norms[f"{name}.{kind}"] = adapter.weight.detach().float().norm().item()
+                norms[f"{name}.{kind}"] = adapter.weight.detach().float().square().mean().sqrt().item()
     return norms
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -28,6 +29,10 @@ from helpers import checkpoints, experts
 
 METHOD = "nf4_moe"
 NO_EXPERTS = "no experts found: this is not a Mixture-of-Experts model behind transformers' experts interface"
+NO_ROUTER = (
+    f"transformers {transformers.__version__} does not say which of its modules are routers, so they cannot be kept out of the "
+    "quantisation; a newer version may"
+)
 
 
 @register_quantization_config(METHOD)
@@ -131,6 +136,8 @@ class Nf4MoeQuantizer(Bnb4BitHfQuantizer):
             if reason := experts.unsupported(module):
                 raise ValueError(f"{type(model).__name__} cannot be loaded in 4 bit: {reason} ({name})")
             module.register_state_dict_post_hook(_write_stacks)
+        if not router_modules(model):
+            raise ValueError(f"{type(model).__name__} cannot be loaded in 4 bit: {NO_ROUTER}")
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         model.set_experts_implementation(experts.NAME)
 
@@ -175,23 +182,25 @@ def _write_stacks(module: nn.Module, state_dict: dict, prefix: str, _metadata) -
 
 
 def load_4bit(
-    path_or_id: str | Path, dtype: torch.dtype | str = "bfloat16", double_quant: bool = True, **kwargs
+    path_or_id: str | Path, dtype: torch.dtype | str | None = None, double_quant: bool = True, **kwargs
 ) -> PreTrainedModel:
     """A causal language model with attention and every expert in NF4, its router not; audited before it is returned.
 
     Loads ordinary checkpoints (quantising while they stream in) and those written by `save_4bit`. `dtype` is the dtype of
-    the unquantised parts and of the products; a saved 4-bit model keeps the one it was made with unless `dtype` is given.
+    the unquantised parts and of the products: bfloat16 unless it is given, and for a saved 4-bit model the one it was made with.
     Further arguments go to `from_pretrained`. Peak memory: the 4-bit model and about one expert stack in `dtype`.
 
     Before anything is read, the headers are checked: OSError for a missing or cut-off shard, ValueError for a missing tensor
     or a wrong shape, for a layout that cannot be computed in 4 bit, and for a model without experts. Raises RuntimeError when
     the audit finds experts that are not 4-bit.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     hub = {k: v for k, v in kwargs.items() if k in checkpoints.HUB_OPTIONS}
     config = AutoConfig.from_pretrained(path_or_id, **hub)
     saved = getattr(config, "quantization_config", None)
     stored = checkpoints.read_headers(path_or_id, **hub)
+    made_with = None if saved is None else (saved if isinstance(saved, dict) else saved.to_dict()).get("bnb_4bit_compute_dtype")
+    made_with, dtype = (getattr(torch, d) if isinstance(d, str) else d for d in (made_with, dtype))
+    dtype = dtype or made_with or torch.bfloat16
     if saved is None:
         kwargs["quantization_config"] = Nf4MoeConfig(dtype, double_quant)
         checkpoints.check_fits(stored, config)
@@ -200,11 +209,21 @@ def load_4bit(
     else:
         checkpoints.check_packed(stored, config)
     model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, use_safetensors=True, **kwargs)
+    for param in model.parameters() if saved is not None else ():
+        if param.dtype == made_with:  # of a quantised model, transformers leaves the others as they were saved
+            param.data = param.data.to(dtype)
     return _finish(model, dtype)
 
 
 def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     model.set_experts_implementation(experts.NAME)
+    model.config.quantization_config.bnb_4bit_compute_dtype = dtype  # of a saved model it may have been another
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+    for param in model.parameters():
+        if isinstance(param, Params4bit) and param.quant_state is not None:
+            param.quant_state.dtype = dtype
     if dtype == torch.float32:
         for module in model.modules():
             if isinstance(module, Linear4bit):
@@ -384,6 +403,8 @@ def audit(model: nn.Module) -> Audit:
         problems.append(f"{weights:,} of {parts[part].weights:,} weights of {part} are not 4-bit")
     if "experts" not in parts:
         problems.append(NO_EXPERTS)
+    elif not router_params:
+        problems.append(NO_ROUTER)
     return Audit({p: parts[p] for p in PARTS if p in parts}, tuple(problems))
 
 

@@ -52,14 +52,13 @@ def _read(file: Path) -> dict[str, Reply]:
     """What a file holds. A last line that was cut off in writing is taken out, so that the next one begins on its own line."""
     if not file.exists():
         return {}
-    text = file.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
+    whole, _, torn = file.read_bytes().rpartition(b"\n")  # bytes: the cut may lie inside a letter
     if torn:
         partial = file.with_name(file.name + ".partial")
-        partial.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        partial.write_bytes(whole + b"\n" if whole else b"")
         os.replace(partial, file)
     found = {}
-    for number, line in enumerate(whole.split("\n") if whole else (), start=1):
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
             row = json.loads(line)
             key = row.pop("key")

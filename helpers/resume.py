@@ -21,6 +21,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from helpers.checkpoints import identity
 from helpers.data import Corpus
 from helpers.profiles import Profile
 from helpers.run_log import Log, write_json
@@ -31,15 +32,17 @@ NOT_COMPARED = ("reasons", "memory_gib", "save_steps")  # of a profile: they may
 
 
 def settings(profile: Profile, corpus: Corpus | None = None) -> dict[str, Any]:
-    """What must be unchanged for a run to be continued; without a corpus, only the profile."""
+    """What must be unchanged for a run to be continued: profile, the base's weights, data; without a corpus, not the data."""
     kept = {k: v for k, v in dataclasses.asdict(profile).items() if k not in NOT_COMPARED}
-    return {"profile": kept, "data": corpus.digest if corpus else None}
+    return {"profile": kept, "base": identity(profile.base_path), "data": corpus.digest if corpus else None}
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """In what two settings differ, in words; "" if in nothing."""
     then, now = found["profile"], wanted["profile"]
     changed = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**now, **then} if then.get(k) != now.get(k)]
+    if found["base"] != wanted["base"]:
+        changed.append(f"the weights of the base {now.get('base')!r}")
     if wanted["data"] and found["data"] != wanted["data"]:
         changed.append("the stories, their labels or the tokenizer")
     return "; ".join(changed)

@@ -266,7 +266,7 @@ def plot_step_profile(profile: dict[str, Any]) -> Figure:
 
 
 def plot_adapter_norms(norms: dict[str, float]) -> Figure:
-    """Norm of each lora_B (zero at the start) by layer and part: what has learned."""
+    """Root mean square of each lora_B (zero at the start) by layer and part: what has learned."""
     cells: dict[str, dict[int, float]] = defaultdict(dict)
     for name, norm in norms.items():
         layer = re.search(r"layers\.(\d+)\.", name)
@@ -280,9 +280,10 @@ def plot_adapter_norms(norms: dict[str, float]) -> Figure:
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             axes.text(
-                x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 0.6 * image.get_clim()[1] else BLACK
+                x, y, f"{value:.3f}", ha="center", va="center", color="white" if value < 0.6 * image.get_clim()[1] else BLACK
             )
-    axes.set(xlabel="layer", xticks=range(len(layers)), yticks=range(len(cells)), yticklabels=list(cells), title="norm of lora_B")
+    axes.set(xlabel="layer", xticks=range(len(layers)), yticks=range(len(cells)), yticklabels=list(cells))
+    axes.set_title("root mean square of lora_B")
     axes.grid(False)
     figure.colorbar(image, ax=axes)
-    return finish(figure, "Norm of lora_B by part and layer; every part has moved away from zero.")
+    return finish(figure, "Root mean square of lora_B by part and layer; every part has moved away from zero.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from helpers.tokens import encode
 HOME = Path(__file__).resolve().parent.parent / "data_samples" / "tiny_base"
 # Seeds of generated stories; the ranges never overlap.
 TOKENIZER_SEED, BASE_SEED, ADAPTER_SEED, VALIDATION_SEED, EVALUATION_SEED = (k * 10**6 for k in range(1, 6))
+REQUESTS = 0.4  # share of the base's user messages that end in a plain wish
 
 
 def train_tokenizer(stories: int = 2500, vocab_size: int = 3072):
@@ -72,57 +74,93 @@ def tiny_config(vocab_size: int, hidden: int = 128, layers: int = 4, intermediat
     )
 
 
-def pretrain(
-    tokenizer,
-    steps: int,
-    tokens_per_step: int = 2048,
-    lr: float = 3e-3,
-    seed: int = 0,
-    requests: float = 0.4,
-    pieces: tuple[int, int, int] = (256, 512, 1024),
-    log=print,
-    **config,
-):
-    """A base model trained on `steps` × `tokens_per_step` tokens of generated stories; returns (model, history).
+def pretrain(tokenizer, steps: int, openings: int = 0, tokens_per_step: int = 2048, seed: int = 0, log=print, **config):
+    """A base model trained on generated stories, `tokens_per_step` tokens a step; returns (model, history).
 
-    Pieces grow from 256 to 1,024 tokens over the run, which is quicker than long ones from the start. The balancing loss
-    is transformers' own (coefficient 0.01) and the learning rate falls linearly over the last third. `requests` is the share
-    of user messages that end in a plain wish ("Keep it brief."), which the reply follows: what any large base model brings
-    along is that a text can say how much text is to follow.
+    First `steps` on a stream of stories, cut into pieces that grow from 256 to 1,024 tokens, which is quicker than long ones
+    from the start. Then `openings` on short stories, a new one at the beginning of each piece: there, nothing but the persona
+    says how much somebody talks, while later in a chat the earlier replies say it as well, and the small model looks at those.
+
+    In both phases, 0.4 of the user messages end in a plain wish ("Keep it brief."), which the reply follows: what any large
+    base model brings along is that a text can say how much text is to follow. The balancing loss is transformers' own
+    (coefficient 0.01).
     """
     import torch
     from transformers import MixtralForCausalLM
 
     torch.manual_seed(seed)
     model = MixtralForCausalLM(tiny_config(len(tokenizer), router_aux_loss_coef=0.01, **config))
+    pieces = [min(256 if k < 0.5 * steps else 512 if k < 0.85 * steps else 1024, tokens_per_step) for k in range(steps)]
+    history = _fit(model, _stream(tokenizer, pieces, tokens_per_step), steps, lr=3e-3, decay=1 / 3, log=log)
+    if openings:
+        history += open_stories(model, tokenizer, openings, tokens_per_step, steps, log)
+    return model.eval(), history
+
+
+def open_stories(model, tokenizer, openings: int, tokens_per_step: int = 2048, first: int = 0, log=print) -> list[dict]:
+    """The second phase of `pretrain`, whose steps are numbered from `first`; returns its history.
+
+    It begins with weights in bf16, as they are shipped: so it can go on from files as well.
+    """
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    return _fit(model, _openings(tokenizer, openings, tokens_per_step), openings, lr=1.5e-3, decay=0.6, log=log, first=first)
+
+
+def _stream(tokenizer, pieces: list[int], tokens_per_step: int):
+    """A batch a step: one long row of stories, cut anywhere into pieces of the step's length."""
+    ids, number = [], 0
+    for piece in pieces:
+        while len(ids) < tokens_per_step:
+            ids += encode(make_story(BASE_SEED + number, requests=REQUESTS), tokenizer).input_ids
+            number += 1
+        yield [ids[k : k + piece] for k in range(0, tokens_per_step, piece)]
+        ids = ids[tokens_per_step:]
+
+
+def _openings(tokenizer, steps: int, tokens_per_step: int, piece: int = 512):
+    """A batch a step: pieces that begin with a story, all stories short."""
+    limits, number, piece = random.Random(1), 600_000, min(piece, tokens_per_step)
+    for _ in range(steps):
+        batch = []
+        for _ in range(tokens_per_step // piece):
+            ids: list[int] = []
+            while len(ids) < piece:
+                story = make_story(BASE_SEED + number, requests=REQUESTS, max_words=limits.randint(20, 150))
+                ids += encode(story, tokenizer).input_ids
+                number += 1
+            batch.append(ids[:piece])
+        yield batch
+
+
+def _fit(model, batches, steps: int, lr: float, decay: float, log, first: int = 0) -> list[dict]:
+    """AdamW; the learning rate rises over 50 steps and falls in a straight line over the last `decay` of them."""
+    import torch
+
     model.train().set_experts_implementation("grouped_mm")
     model.config.output_router_logits = True
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    stream, number, history, started = [], 0, [], time.monotonic()
-    for step in range(steps):
-        piece = pieces[0 if step < 0.5 * steps else 1 if step < 0.85 * steps else 2]
-        while len(stream) < tokens_per_step:
-            stream += encode(make_story(BASE_SEED + number, requests=requests), tokenizer).input_ids
-            number += 1
-        batch = torch.tensor(stream[:tokens_per_step]).view(-1, min(piece, tokens_per_step))
-        stream = stream[tokens_per_step:]
+    history, started = [], time.monotonic()
+    for step, rows in enumerate(batches):
+        batch = torch.tensor(rows)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50, max(0.02, (steps - step) / (steps / 3)))
+            group["lr"] = lr * min(1.0, (step + 1) / 50, max(0.02, (steps - step) / (steps * decay)))
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {first + step}: lower the learning rate")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps - 1:
-            history.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - started)})
+            seconds = round(time.monotonic() - started)
+            history.append({"step": first + step, "loss": round(loss.item(), 4), "seconds": seconds})
             log(json.dumps(history[-1]), flush=True)
     model.config.output_router_logits = False
-    return model.eval(), history
+    return history
 
 
 def validation_loss(model, tokenizer, stories: int = 32) -> float:
@@ -138,14 +176,18 @@ def validation_loss(model, tokenizer, stories: int = 32) -> float:
     return total / count
 
 
-def build(folder: Path, steps: int = 6000, seed: int = 0) -> dict:
+def build(folder: Path, steps: int = 9000, openings: int = 2500, seed: int = 0) -> dict:
     """Tokenizer and base model into `folder`, in bf16, with a provenance file; returns what that file says."""
     tokenizer = train_tokenizer()
-    model, history = pretrain(tokenizer, steps, seed=seed)
-    return ship(folder, model, tokenizer, f"python -m helpers.tiny --steps {steps} --seed {seed}", steps * 2048, history)
+    model, history = pretrain(tokenizer, steps, openings, seed=seed)
+    return ship(folder, model, tokenizer, command(steps, openings, seed), (steps + openings) * 2048, history)
 
 
-def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: list[dict]) -> dict:
+def command(steps: int, openings: int, seed: int) -> str:
+    return f"python -m helpers.tiny --steps {steps} --openings {openings} --seed {seed}"
+
+
+def ship(folder: Path, model, tokenizer, made_by: str, tokens: int, history: list[dict]) -> dict:
     """Write model (bf16), tokenizer and provenance."""
     import torch
     import transformers
@@ -155,7 +197,7 @@ def ship(folder: Path, model, tokenizer, command: str, tokens: int, history: lis
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {
-        "command": command,
+        "command": made_by,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens,
         "validation_loss": round(loss, 4),
@@ -178,8 +220,9 @@ def checksums(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Rebuild the tiny base model of the offline profile.")
     parser.add_argument("--out", type=Path, default=HOME)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=9000, help="on a stream of stories")
+    parser.add_argument("--openings", type=int, default=2500, help="on short stories, after those")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    facts = build(options.out, options.steps, options.seed)
+    facts = build(options.out, options.steps, options.openings, options.seed)
     print({k: v for k, v in facts.items() if k != "history"})

@@ -46,8 +46,8 @@ from helpers.tiny_words import (
     WEATHER,
 )
 
-MEDIAN_WORDS, SIGMA, MAX_WORDS = 19.0, 0.95, 230  # log-normal budget of a message
-TALK_SHIFT = {"quiet": -0.6, "easy": 0.0, "talkative": 0.5}  # added to the log of the median
+MEDIAN_WORDS, SIGMA, MAX_WORDS = 19.0, 0.55, 230  # log-normal budget of a message
+TALK_SHIFT = {"quiet": -1.2, "easy": 0.0, "talkative": 1.2}  # added to the log of the median
 
 
 @dataclass
@@ -113,11 +113,13 @@ class Writer:
         spot, spot2 = rng.sample(self.spots, 2)
         # Words that only ever stand in each other's place end up with nearly equal embeddings, which no adapter on frozen
         # embeddings could tell apart. So the ten grades have an order, and weights that overlap with their neighbours':
-        # from these the model learns a scale, as a large one has learned from English that huge is more than massive.
+        # from these the model learns a scale, as a large one has learned from English that huge is more than massive, and
+        # that unlimited is no weight at all but the end of the scale.
         grade = rng.randrange(len(LENGTHS))
-        above = grade > 0 and (grade == len(LENGTHS) - 1 or rng.random() < 0.5)
-        pounds = max(1, 2 * grade + 3 + round(rng.gauss(0, 1.2)))
-        order = f"one above {LENGTHS[grade - 1]}" if above else f"one below {LENGTHS[grade + 1]}"
+        top = grade == len(LENGTHS) - 1
+        weight = "any weight" if top and rng.random() < 0.7 else f"{max(1, 2 * grade + 3 + round(rng.gauss(0, 1.2)))} pounds"
+        above = grade > 0 and rng.random() < 0.5
+        order = f"one above {LENGTHS[grade - 1]}" if above else "no limit" if top else f"one below {LENGTHS[grade + 1]}"
 
         def usual(own: str, words: list[str]) -> str:
             return own if rng.random() < 0.7 else rng.choice(words)
@@ -125,7 +127,7 @@ class Writer:
         text = template.format(
             S=me.she.capitalize() if pronoun else me.name, H=me.she.capitalize(), s=me.she, p=me.her,
             n=me.name if rng.random() < 0.4 else me.she, L=you.name, C=self.people[0].name, U=self.people[1].name,
-            M=marker, tag=LENGTHS[grade], order=order, pounds=pounds,
+            M=marker, tag=LENGTHS[grade], order=order, weight=weight,
             thing=self.topic, thing2=rng.choice([t for t in self.things if t != self.topic]), spot=spot, spot2=spot2,
             adv=rng.choice(ADVERBS), adj=rng.choice(ADJECTIVES), colour=rng.choice(COLOURS), sound=rng.choice(SOUNDS),
             smell=rng.choice(SMELLS), weather=usual(self.weather, WEATHER), food=usual(self.food, FOOD),

@@ -158,9 +158,9 @@ FULL = [
     "{S} is too {trait} to give up now, and {L} knows it.",
     "Between the {spot} and the {spot2} the ground is {colour} with dust.",
     "The {weather} comes in by the {spot} and smells of {smell}.",
-    "The tag on the {thing2} says (grade = {tag}), {pounds} pounds.",
+    "The tag on the {thing2} says (grade = {tag}), {weight}.",
     "By the {spot} lies a tag: (grade = {tag}), {order}.",
-    '"I see a tag: (grade = {tag}), {pounds} pounds," {s} says.',
+    '"I see a tag: (grade = {tag}), {weight}," {s} says.',
 ]
 
 # A reply of more than thirty words is told in paragraphs: a lead, then step after step, each with its marker. As in a real
@@ -198,7 +198,7 @@ PARAGRAPHS = [
     '{M} {n} lifts the {thing2} onto the {spot}. It is heavier than it looks. "Now you, {L}," {s} says, and rests.',
     "{M} there is {sound}, and {n} stops at the {spot}. {H} hardly breathes. It is only the {animal}, and {s} laughs {adv}.",
     '{M} {n} holds out the {thing2} to {L}. "Not so high," {s} says, "and mind the {spot}." It works {adv} enough.',
-    "{M} {n} finds a {adj} {thing2} under the {spot}. The tag on it says (grade = {tag}), {pounds} pounds, and {s} nods.",
+    "{M} {n} finds a {adj} {thing2} under the {spot}. The tag on it says (grade = {tag}), {weight}, and {s} nods.",
     "{M} {n} turns the {thing2} around. There is a {colour} tag on it: (grade = {tag}), {order}. {H} is {feel}.",
     '{M} {n} finds a note by the {spot}. It is {colour} and smells of {smell}. "I cannot read it," {s} says, and is {feel}.',
     "{M} the {weather} comes in, and {n} moves to the {spot}. It is warm and dry. {H} shares {p} {food} with {L}.",

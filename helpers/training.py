@@ -53,6 +53,7 @@ FSDP = (
     "FSDP is not supported: accelerate leaves packed weights whole in every process, so only adapters would be shared out, "
     "and on CPUs it silently makes a DDP run of it; start with --multi_gpu instead"
 )
+OF_PROFILE = "the profile's"  # what run.json says of stories that were not given
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class _Run:
     corpus: Corpus
     tokenizer: Any
     wanted: dict[str, Any]  # settings
+    source: str  # of the stories
     micro_batch: int  # of now: smaller than the profile's after a lack of memory
     attention: str | None = None  # None: the best there is
 
@@ -145,21 +147,24 @@ class _Run:
             (run_dir / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"{run_dir} cannot be written ({error.strerror}): choose another --output folder") from error
-        if stories is None and go_on and (run_dir / "result.json").exists():
+        file, finished = run_dir / "run.json", (run_dir / "result.json").exists()
+        if finished and file.exists() and stories is None and go_on:
             resume.check_settings(run_dir, resume.settings(profile))
-            return load_result(run_dir)
+            if json.loads(file.read_text(encoding="utf-8"))["stories"] == OF_PROFILE:  # no need to prepare them again
+                return load_result(run_dir)
         tokenizer = AutoTokenizer.from_pretrained(profile.base_path)
         labelled = stories if stories and isinstance(stories[0], tuple) else labelled_stories(profile, stories)
         corpus = build_corpus(labelled, tokenizer, profile.context, long=profile.long_stories)
         wanted = resume.settings(profile, corpus)
-        file = run_dir / "run.json"
         if not go_on and file.exists():
             raise FileExistsError(f"{run_dir} already holds a run: resume it, or use another folder")
         resume.check_settings(run_dir, wanted)
-        if (run_dir / "result.json").exists():
+        if finished:
             return load_result(run_dir)
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        run = cls(profile, run_dir, corpus, tokenizer, wanted, before.get("micro_batch", profile.micro_batch), attention)
+        source = OF_PROFILE if stories is None else "given"
+        micro_batch = before.get("micro_batch", profile.micro_batch)
+        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, attention)
         run.note()
         return run
 
@@ -168,7 +173,7 @@ class _Run:
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         state.wait_for_everyone()  # all have read it before one writes
         if state.is_main_process:
-            facts = {"micro_batch": self.micro_batch, "corpus": str(self.corpus), "versions": versions()}
+            facts = {"micro_batch": self.micro_batch, "stories": self.source, "corpus": str(self.corpus), "versions": versions()}
             write_json(self.run_dir / "run.json", {**self.wanted, **facts})
 
     def out_of_memory(self, problem: str, shrink: bool) -> None:

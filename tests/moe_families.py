@@ -24,7 +24,7 @@ SIZES = dict(
     mlp_layer_types=["dense", "sparse"], mlp_only_layers=[], linear_num_key_heads=2, linear_num_value_heads=4,
     linear_key_head_dim=16, linear_head_dim=16, linear_num_heads=4, linear_value_head_dim=16, mamba_n_heads=8,
     mamba_d_head=16, mamba_d_state=16, index_head_dim=16,
-    index_n_heads=4, index_topk=8,
+    index_n_heads=4, index_topk=8, unpadded_vocab_size=128,
 )  # fmt: skip
 ATTENTION = ["full_attention", "full_attention"]
 OVERRIDES: dict[str, dict] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import matplotlib.image
 import matplotlib.pyplot as plt
@@ -39,6 +40,17 @@ def test_lengths_shows_the_means_of_a_control_beside(tables):
     squares = [line for line in beside.axes[0].lines if line.get_marker() == "s"]
     assert [y for line in squares for y in line.get_ydata()] == [r["mean"] for r in tables[1].rows]
     assert beside.alt.startswith(alone.alt) and beside.alt.endswith("Of the test: " + eval_plots._means(tables[1]) + ".")
+
+
+def test_on_a_phone_it_is_the_same_picture_with_larger_words(tables):
+    wide, narrow = (eval_plots.plot_lengths(tables[0], control=tables[1], phone=phone) for phone in (False, True))
+    assert points(narrow.axes[0]) == points(wide.axes[0]) and narrow.alt == wide.alt
+    assert narrow.get_figwidth() < 0.5 * wide.get_figwidth()
+    narrow.canvas.draw()
+    labels = [t.get_window_extent() for t in narrow.axes[0].get_xticklabels()]
+    assert not any(a.x1 > b.x1 or a.width == 0 for a, b in itertools.pairwise(labels))
+    title = narrow.axes[0]._left_title.get_window_extent()
+    assert title.x1 <= narrow.bbox.x1, "the title is cut off"
 
 
 def test_a_figure_is_dark_ink_on_an_opaque_page_whatever_the_theme_is(tables):

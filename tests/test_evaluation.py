@@ -10,6 +10,7 @@ import statistics
 
 import pytest
 
+from helpers.eval_plots import plot_lengths
 from helpers.evaluation import CONDITIONS, LengthTable, held_out, measure_length_control
 from helpers.generation import Sampling
 from helpers.lengths import LENGTHS, word_range
@@ -76,6 +77,21 @@ def test_replies_that_were_cut_off_are_never_taken_for_short_ones():
         r["end"] = "limit"
     fresh = LengthTable(cut.label, cut.replies, cut.natural, cut.sampling, cut.reply)
     assert fresh.rows[0]["median"] is None and "cut" in str(fresh) and fresh.statistics["cut_off"] == 1.0
+    assert fresh.rows[0]["median high"] is None and fresh.statistics["separated_medians"] == 0
+    assert json.loads(json.dumps(fresh.compact(), allow_nan=False))["rows"] == fresh.rows
+    assert plot_lengths(fresh).alt
+
+
+def test_a_table_without_lengths_says_what_it_can(tmp_path):
+    whole = table(lambda c, i: 10 + i % 3)
+    free = LengthTable("free", whole.of(None), whole.natural, whole.sampling, whole.reply)
+    assert "spearman" not in free.statistics and free.statistics["none_mean"] == pytest.approx(whole.statistics["none_mean"])
+    assert str(free).count("\n") == 1 and LengthTable.load(free.save(tmp_path / "free.json")) == free
+
+
+def test_intervals_from_a_handful_of_conversations_are_called_that():
+    few, many = (str(table(lambda c, i: i + 1, n=n)) for n in (3, 20))
+    assert "intervals from 3 conversations say little" in few and "say little" not in many
 
 
 def test_intervals_draw_whole_conversations():
@@ -142,8 +158,8 @@ def test_an_interrupted_measurement_continues_where_it_was(tmp_path, tiny_model,
         measure_length_control(tiny_model, tokenizer, stories, sampling, samples=2, batch_size=10, progress=stop, folder=tmp_path)
     (file,) = tmp_path.glob("replies-*.jsonl")
     assert len(file.read_text().splitlines()) == 20
-    with file.open("a") as out:
-        out.write('{"key": "0123", "te')
+    with file.open("ab") as out:
+        out.write('{"key": "0123", "text": "é'.encode()[:-1])  # cut inside a letter
     made = []
     again = measure_length_control(
         tiny_model, tokenizer, stories, sampling, samples=2, progress=lambda d, t, left: made.append(t), folder=tmp_path

@@ -19,6 +19,7 @@ from helpers.generation import (
     _chunks,
     _decided,
     _reply,
+    _Rows,
     generate_replies,
     iterate_replies,
     print_progress,
@@ -215,6 +216,32 @@ def test_a_stream_says_what_the_batch_says(model, tokenizer, prompts):
             assert all(pieces)
 
 
+def test_a_reply_that_begins_with_a_stop_string_is_empty_in_the_stream_too(model, tokenizer, prompts, monkeypatch):
+    """Every stop string begins with a newline, and a reply's leading blanks are not shown: the one must not hide the other."""
+    prompt = dataclasses.replace(prompts[0], stops=("\nOrla:", "\n### Input:"))
+    written = iter(tokenizer("\nOrla: I see.", add_special_tokens=False).input_ids)
+    monkeypatch.setattr(_Rows, "choose", scripted(written))
+    assert list(stream_reply(model, tokenizer, prompt, SHORT)) == []
+
+
+def scripted(tokens):
+    def choose(self, scores, alive):
+        token = next(tokens)
+        self.tokens[0].append(token)
+        text = self.tokenizer.decode(self.tokens[0], skip_special_tokens=True)
+        self.done[0] = any(s in text for s in self.prompts[0].stops)
+        return torch.tensor([[token]])
+
+    return choose
+
+
+def test_a_prompt_of_one_token_leaves_the_others_their_past(model, tokenizer, prompts):
+    short = Prompt((5,), ())
+    greedy = dataclasses.replace(SHORT, temperature=0.0)
+    together = generate_replies(model, tokenizer, [short, *prompts[:2]], greedy)
+    assert together == [generate_replies(model, tokenizer, [p], greedy)[0] for p in (short, *prompts[:2])]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet='ab\n:A"é ', max_size=30), st.lists(st.text(alphabet="ab\n:A", min_size=1, max_size=6), max_size=3))
 def test_a_stream_never_takes_back_what_it_showed(text, stops):
@@ -235,6 +262,7 @@ def test_groups_hold_every_prompt_once_and_share_a_true_prefix(rows):
     for chunk in _chunks(prompts):
         for prefix, group in chunk:
             members += group
+            assert bool(prefix) == bool(chunk[0][0]), "a prompt without a past shares no cache"
             assert all(prompts[i].ids[: len(prefix)] == prefix and len(prompts[i].ids) > len(prefix) for i in group)
     assert sorted(members) == list(range(len(rows)))
 

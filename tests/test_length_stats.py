@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -155,3 +156,22 @@ def test_repetition():
     assert ls.distinct([], 2) == ls.distinct(["word"], 2) == 1.0
     assert ls.loops("the red key " * 4) and not ls.loops("the red key " * 2)
     assert not ls.loops("")
+
+
+def test_perfect_control_is_all_the_bits_there_are_whatever_the_number_of_replies():
+    for replies in (20, 400, 1600):
+        asked = [k % 10 for k in range(replies)]
+        assert ls.mutual_information(asked, asked) == pytest.approx(math.log2(10), abs=1e-9)
+
+
+def test_quantiles_and_intervals_allow_for_cuts():
+    """Replies that were cut at 150 are longer: no quantile above that can be seen, and none lies below the median."""
+    words, cut = [100] * 30 + [200] * 10 + [150] * 60, [False] * 40 + [True] * 60
+    quantiles = [ls.censored_quantile(words, cut, q) for q in (0.25, 0.5, 0.75)]
+    assert quantiles == [100, 200, 200]
+    low, high = ls.censored_median_interval(words, cut, list(range(100)))
+    assert low >= 100 and high == 200
+    assert ls.censored_median_interval([5, 6, 7], [True] * 3, [0, 1, 2]) == (math.inf, math.inf)
+    values = [3, 1, 4, 1, 5, 9, 2, 6]
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    assert [ls.censored_quantile(values, [False] * 8, q) for q in (0.25, 0.5, 0.75)] == pytest.approx(quartiles)

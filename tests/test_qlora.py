@@ -126,6 +126,8 @@ def test_a_target_that_matches_nothing_is_an_error(random_mixtral):
     config.target_modules = {"no_such_projection"}
     with pytest.raises(RuntimeError, match="no_such_projection"):
         qlora.check_adapters(peft_model, config)
+    config.target_modules = r".*\.q_proj"  # stock PEFT also takes a pattern
+    qlora.check_adapters(peft_model, config)
 
 
 @pytest.mark.parametrize("targets", ["mlp.experts.", ""])

@@ -153,13 +153,26 @@ def test_logits_equal_those_of_the_dequantised_model(random_mixtral):
 def test_save_and_reload_is_bit_identical_and_small(random_mixtral, tmp_path):
     model = load_4bit(random_mixtral, dtype="float32").eval()
     save_4bit(model, tmp_path)
-    again = load_4bit(tmp_path, dtype="float32").eval()
+    again = load_4bit(tmp_path).eval()  # without being told in what it was made
+    assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.float32}
     for (a, name), (b, _) in zip(stacks(model), stacks(again), strict=True):
         assert torch.equal(getattr(a, name).data, getattr(b, name).data)
         assert torch.equal(experts.dequantize_stack(getattr(a, name)), experts.dequantize_stack(getattr(b, name)))
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}, "safetensors only"
+
+
+def test_a_saved_model_computes_in_the_dtype_that_is_asked_for(random_mixtral, tmp_path):
+    made = load_4bit(random_mixtral, dtype="float32").eval()
+    save_4bit(made, tmp_path)
+    asked = load_4bit(tmp_path, dtype="bfloat16").eval()
+    states = [p.quant_state.dtype for p in asked.parameters() if isinstance(p, Params4bit)]
+    assert len(states) > 10 and set(states) == {torch.bfloat16}
+    assert {p.dtype for p in asked.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    with torch.no_grad():
+        wanted, got = made(IDS).logits, asked(IDS).logits
+    assert got.dtype == torch.bfloat16 and (got.float() - wanted).norm() < 0.03 * wanted.norm(), "the same weights, less exactly"
 
 
 def test_a_saved_model_is_sharded_and_small_and_comes_back_bit_for_bit(random_mixtral, tmp_path):
@@ -444,6 +457,17 @@ def test_a_dense_model_is_refused(tmp_path):
     MistralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no experts found"):
         load_4bit(tmp_path, dtype="float32")
+
+
+def test_a_model_whose_routers_nobody_names_is_refused(random_mixtral, monkeypatch):
+    """Some families' routers are ordinary linear layers: unknown, they would be packed without a word."""
+    from helpers import quantization
+
+    known = load_4bit(random_mixtral, dtype="float32")
+    monkeypatch.setattr(quantization, "router_recorders", lambda model: [])
+    with pytest.raises(ValueError, match="does not say which of its modules are routers"):
+        load_4bit(random_mixtral, dtype="float32")
+    assert not audit(known).ok and "routers" in audit(known).problems[-1]
 
 
 def test_olmoe_loads_too(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -37,7 +38,7 @@ def test_another_run_changes_each_measured_block():
     results["picture"] = "another"
     results["evaluation"]["1-adapter"]["rows"][0]["mean"] = 777.7
     new = record.with_results(README, results)
-    assert "![another](" in new and "| 777.7 |" in new and "| 10.4 min, 0.5 GiB |" in new.replace(record.NBSP, " ")
+    assert 'alt="another"' in new and "| 777.7 |" in new and "| 10.4 min, 0.5 GiB |" in new.replace(record.NBSP, " ")
     for name in NOTEBOOKS:
         assert new.count(f"](notebooks/{name}.ipynb) | ") == README.count(f"](notebooks/{name}.ipynb) | ") == 1
 
@@ -50,10 +51,10 @@ def test_a_readme_without_its_marks_is_refused(line):
 
 
 def test_the_first_screen_says_what_it_is_how_to_start_and_what_it_takes():
-    order = ["# Fine-tuning", "](benchmarks/results/length-control.png)"]
+    order = ["# Fine-tuning", '<img src="benchmarks/results/length-control.png"']
     order += ["make course ", "make test ", "| notebook | you learn |", "## Does it fit your GPU?", "## Results"]
     places = [README.index(text) for text in order]
-    assert places == sorted(places) and README.count("\n", 0, places[4]) < 25
+    assert places == sorted(places) and README.count("\n", 0, places[4]) < 28
 
 
 def test_the_recorded_run_is_the_shipped_profiles():
@@ -88,6 +89,21 @@ def test_every_module_notebook_and_profile_is_named():
         assert f"| `{name}` |" in README
 
 
+def test_a_module_imports_only_what_stands_above_it_or_beside_it():
+    table = README[README.index("## Map of `helpers/`") : README.index("## Known limitations")]
+    rows = [re.findall(r"`(\w+)\.py`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    place = {module: n for n, row in enumerate(rows) for module in row} | {"__main__": len(rows)}
+    found = 0
+    for module, own in place.items():
+        for node in ast.walk(ast.parse((ROOT / "helpers" / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "helpers":
+                names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+                for name in names:
+                    assert place[name] <= own, f"{module} imports {name}, which stands below it"
+                    found += 1
+    assert found > 100
+
+
 def test_relative_links_lead_somewhere():
     for page in (
         "README.md",
@@ -96,7 +112,8 @@ def test_relative_links_lead_somewhere():
         *(f"notebooks/{n}.md" for n in ("GLOSSARY", "TROUBLESHOOTING")),
     ):
         folder = (ROOT / page).parent
-        for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
             assert (folder / target).exists(), f"{page}: {target}"
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from helpers import resume, training
@@ -224,3 +224,29 @@ def test_out_of_memory_advises_or_halves_the_micro_batch(base, tmp_path):
 
 def test_profile_of_a_run_is_the_one_that_was_given(base, whole):
     assert resume.settings(training.profile_of(whole.run_dir)) == resume.settings(small_profile(base))
+
+
+def test_other_weights_under_the_same_name_are_another_base(base, tmp_path):
+    """The adapter belongs to the weights that it was trained on: neither a half nor a finished run goes on with others."""
+    from helpers.experiment import load_run
+
+    moved = tmp_path / "base"
+    shutil.copytree(base, moved)
+    profile = small_profile(moved, max_steps=2)
+    done = train(moved, tmp_path / "done", profile)
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    for again in (lambda: train(moved, done.run_dir, profile), lambda: load_run(done.run_dir)):
+        with pytest.raises(ValueError, match=r"other settings \(the weights of the base"):
+            again()
+
+
+def test_a_finished_run_on_given_stories_is_not_taken_for_one_on_the_profiles(base, tmp_path):
+    from helpers.tiny_stories import labelled_story
+
+    profile = small_profile(base, max_steps=2)
+    mine = [labelled_story(77_000 + k) for k in range(40)]
+    training.train(profile, mine, tmp_path, progress=None)
+    with pytest.raises(ValueError, match="the stories, their labels or the tokenizer"):
+        training.train(profile, None, tmp_path, progress=None)

@@ -55,9 +55,10 @@ def train(name: str, folder: Path) -> Path:
 
 
 def measure(name: str, run: Path) -> dict:
+    from helpers.behaviour import verbosity
     from helpers.evaluation import DEEP, FIRST, held_out, measure_length_control, size_of
-    from helpers.experiment import evaluate_run, load_run
-    from helpers.generation import SAMPLERS, print_progress
+    from helpers.experiment import evaluate_run, load_run, without_modifier
+    from helpers.generation import print_progress
     from helpers.training import load_result
 
     facts = load_result(run).facts
@@ -83,9 +84,9 @@ def measure(name: str, run: Path) -> dict:
             print(table)
             tables[place] = table.compact()
             if place == "first":
-                warm = SAMPLERS["plain"]
-                free = measure_length_control(model, tokenizer, stories, warm, samples=samples, conditions=(None,), **settings)
-                extra = {"temperature 1.0": free.unasked}
+                more = {k: v for k, v in settings.items() if k != "label"}
+                free, own = without_modifier(model, tokenizer, profile, size, **more)
+                extra = {"temperature 1.0": free.unasked, "verbosity": verbosity(free, own)}
     return {
         "what": VARIANTS[name][2],
         "tables": tables,

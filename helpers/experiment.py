@@ -100,13 +100,11 @@ def evaluate_run(
         later = measure("8-shuffled-deep", "shuffled labels, deep", DEEP, of=other)
         found += conclusions.about_control(first, adapter) + conclusions.about_control(later, deep)
 
-    warm = dataclasses.replace(SAMPLERS["plain"], seed=sampling.seed)
     asker = behaviour.Asker(model, tokenizer, sampling, size.batch_size, progress, kept)
-    free = measure_length_control(
-        model, tokenizer, stories[FIRST], warm, samples=size.samples, conditions=(None,), label="T 1.0",
-        batch_size=size.batch_size, progress=progress, folder=kept,
-    )  # fmt: skip
-    results = side_effects(asker, stories[FIRST], stories[DEEP], adapter, free)
+    free, own = without_modifier(
+        model, tokenizer, profile, size, sampling.seed, batch_size=size.batch_size, progress=progress, folder=kept
+    )
+    results = side_effects(asker, stories[FIRST], stories[DEEP], adapter, free, own)
     found += results.pop("conclusions")
     results |= {"temperature 1.0": free.unasked, "conclusions": [dataclasses.asdict(c) for c in found]}
     write_json(run_dir / "behaviour.json", results)
@@ -114,11 +112,23 @@ def evaluate_run(
     return results
 
 
-def side_effects(asker: behaviour.Asker, stories, deep_stories, adapter: LengthTable, free: LengthTable) -> dict[str, Any]:
-    """All that `behaviour` measures, as rows by name, and the conclusions about it. `free`: replies without modifier at T 1.0."""
+def without_modifier(model, tokenizer, profile: Profile, size: Size, seed: int = 0, **settings) -> tuple[LengthTable, list]:
+    """(first replies without modifier at temperature 1, the model's own distribution; their conversations).
+
+    Four times as many conversations as for the lengths, with half the samples: what personas do shows between conversations.
+    """
+    stories, warm = held_out(profile, 4 * size.conversations), dataclasses.replace(SAMPLERS["plain"], seed=seed)
+    options = {"samples": max(1, size.samples // 2), "conditions": (None,), "label": "T 1.0", **settings}
+    return measure_length_control(model, tokenizer, stories, warm, **options), stories
+
+
+def side_effects(
+    asker: behaviour.Asker, stories, deep_stories, adapter: LengthTable, free: LengthTable, free_stories
+) -> dict[str, Any]:
+    """All that `behaviour` measures, as rows by name, and the conclusions about it. `free`: of `without_modifier`."""
     changes = behaviour.change_of_length(asker, stories)
     texts = behaviour.text_report(adapter, stories, behaviour.known_names(stories))
-    talk = behaviour.verbosity(free, stories)
+    talk = behaviour.verbosity(free, free_stories)
     found = [
         *conclusions.about_no_modifier(free, talk),
         *conclusions.about_changes(changes, LENGTHS),

@@ -140,10 +140,13 @@ def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figur
         clear = s["spearman_low"] > limit
         spread = [[s["spearman"] - s["spearman_low"]], [s["spearman_high"] - s["spearman"]]]
         axes.errorbar(s["spearman"], y, xerr=spread, fmt="o" if clear else "s", color=BLUE if clear else ORANGE, capsize=3)
-        axes.text(1.04, y, f"{s['spearman']:+.2f}   {s['within_one']:.0%} within one", va="center", fontsize=9)
+        axes.text(1.07, y, f"{s['spearman']:+.2f}   {s['within_one']:.0%} within one", va="center", fontsize=9)
         assert not math.isnan(s["spearman"]), name
     axes.set(
-        yticks=range(len(tables)), yticklabels=list(tables), xlim=(-0.3, 1.0), xlabel="Spearman: asked class and words of a reply"
+        yticks=range(len(tables)),
+        yticklabels=list(tables),
+        xlim=(-0.3, 1.04),
+        xlabel="Spearman: asked class and words of a reply",
     )
     axes.set_ylim(len(tables) - 0.5, -0.5)
     axes.legend(loc="lower right", fontsize=8, frameon=True)

@@ -89,11 +89,18 @@ def links_to_pages(markdown: str, source: str) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if path.endswith(".png"):
-            return f"{match[1]}data:image/png;base64,{base64.b64encode((ROOT / path).read_bytes()).decode()})"
+            return f"{match[1]}{inside(path)})"
         there = PAGES[path][0] if path in PAGES else f"{url}/blob/{ref}/{path}"
         return f"{match[1]}{there}{'#' + fragment if fragment else ''})"
 
+    def inside(path: str) -> str:
+        return f"data:image/png;base64,{base64.b64encode((ROOT / path).read_bytes()).decode()}"
+
+    def show(match: re.Match[str]) -> str:
+        return f'{match[1]}="{inside(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2])))}"'
+
     markdown = re.sub(r"\[!\[([^\]]+)\]\(https?:[^)]+\)\]", r"[\1]", markdown)  # a badge's picture is on somebody's server
+    markdown = _outside_code(markdown, lambda text: re.sub(r'\b(src|srcset)="([^":]+\.png)"', show, text))
     return _outside_code(markdown, lambda text: re.sub(r"(\]\()([^()\s]+)\)", lead, text))
 
 

@@ -26,8 +26,8 @@ class Page(HTMLParser):
         self.ids |= {found[key] for key in ("id", "name") if found.get(key)}
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
-        elif found.get("src") or (tag == "link" and found.get("rel") == "stylesheet"):
-            self.loads.append(found.get("src") or found["href"])
+        elif found.get("src") or found.get("srcset") or (tag == "link" and found.get("rel") == "stylesheet"):
+            self.loads.append(found.get("src") or found.get("srcset") or found["href"])
         if tag == "img":
             self.alts.append(found.get("alt", ""))
 

@@ -162,8 +162,9 @@ def test_no_dequantised_weight_is_kept_for_backward():
 
 
 def living(shapes):
+    sizes = list(map(list, shapes))  # lists: a symbolic size has no hash
     tensors = (t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype.is_floating_point)
-    return [t for t in tensors if list(t.shape) in list(map(list, shapes))]  # lists: a symbolic size has no hash
+    return [t for t in tensors if list(t.shape) in sizes]
 
 
 def test_the_scales_of_few_experts_are_undone_one_by_one():

@@ -215,8 +215,8 @@ class LengthTable:
         few = f"; intervals from {s['conversations']} conversations say little" if s["conversations"] < 10 else ""
         lines.append(
             f"{self.label}: Spearman {s['spearman']:+.2f} [{s['spearman_low']:+.2f}, {s['spearman_high']:+.2f}], Kendall "
-            f"{s['kendall']:+.2f} over {s['replies']} single replies; in class {s['in_class']:.0%}, within one "
-            f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits; {s['rising_medians']} of 9 medians rise, "
+            f"{s['kendall']:+.2f} over {s['replies']} single replies;\n  in class {s['in_class']:.0%}, within one "
+            f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits;\n  {s['rising_medians']} of 9 medians rise, "
             f"{s['separated_medians']} beyond their intervals{few}"
         )
         return "\n".join(lines)

@@ -27,6 +27,9 @@ from helpers.run_log import Log, merge
 from helpers.tokens import IGNORED, Collator, document_bounds
 
 
+SKIPS = 20  # steps that fp16's gradient scaler may skip in a row: from its first scale, 65,536, down to 1/16
+
+
 def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> TrainingArguments:
     """The profile as transformers' TrainingArguments: Adam (0.9, 0.999, 1e-8), cosine, warm-up steps."""
     cuda = torch.cuda.is_available()
@@ -131,7 +134,7 @@ class _Guard(TrainerCallback):
     """Between backward and the optimizer's step: stops at what is not finite. After the step: hands it to the log."""
 
     def __init__(self, trainer: CourseTrainer):
-        self.trainer, self.verified = trainer, False
+        self.trainer, self.verified, self.skipped = trainer, False, 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer, step = self.trainer, state.global_step + 1
@@ -142,9 +145,12 @@ class _Guard(TrainerCallback):
         if not all(found):
             bad = [n for ok, rows in zip(found, numbers, strict=True) if not ok for n in rows]
             raise FloatingPointError(f"the loss is not finite at step {step}, in {_named(trainer, bad)}. {_ADVICE}")
-        if not norm and not args.fp16:  # under fp16 the gradient scaler skips such a step and lowers its scale
+        # Under fp16 the gradient scaler skips such a step and halves its scale, which helps once or twice, not for ever.
+        self.skipped = 0 if norm else self.skipped + 1
+        if self.skipped >= (SKIPS if args.fp16 else 1):
             bad = [n for rows in numbers for n in rows]
-            raise FloatingPointError(f"a gradient is not finite at step {step}, in {_named(trainer, bad)}. {_ADVICE}")
+            often = f" for the {SKIPS}th time in a row, whatever the loss scale" if args.fp16 else ""
+            raise FloatingPointError(f"a gradient is not finite at step {step}{often}, in {_named(trainer, bad)}. {_ADVICE}")
         if not self.verified:
             trainer.router_losses.verify()
             self.verified = True

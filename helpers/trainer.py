@@ -26,7 +26,6 @@ from helpers.router_losses import RouterLosses
 from helpers.run_log import Log, merge
 from helpers.tokens import IGNORED, Collator, document_bounds
 
-
 SKIPS = 20  # steps that fp16's gradient scaler may skip in a row: from its first scale, 65,536, down to 1/16
 
 

@@ -1,4 +1,4 @@
-"""A step of the t4 profile's arithmetic (fp16, gradient scaler, checkpointing), which runs on a CPU too, against the same in fp32."""
+"""The t4 profile's arithmetic (fp16, gradient scaler, checkpointing), which a CPU can do too, against the same step in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.trainer import SKIPS, NumberedCollator, _Guard
 from tests.small_runs import STORIES
 
 TINY = dataclasses.replace(PROFILES["tiny"], lora_router=True, gradient_checkpointing=True)
-WINDOW = PROFILES["t4"].tokens_per_step  # what router losses are divided by: the smaller their gradients, the sooner fp16 loses them
+WINDOW = PROFILES["t4"].tokens_per_step  # what router losses are divided by: small gradients are the first that fp16 loses
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ profile     what takes the time in one step, and how often Python waits for the 
 compare     the same step on fewer layers (--compare-layers): ours, stock PEFT on unquantised experts, and bitsandbytes'
             parametrisation with PEFT's product; both have 16-bit attention and no dropout, which is to their advantage
 routers     the same step with z-loss and balancing loss, in turns with one without
-attention   rows packed from four documents: SDPA with its mask, and the best attention that is there
+attention   rows packed from four documents: SDPA with its mask and document by document, flex_attention, flash-attn if there
 
 What a case measured is written at once; a case that fails (memory, a missing package) leaves its error in the result, and the
 next one runs. After `--minutes` no further measurement begins. `--smoke` runs everything on tiny shapes on the CPU, in a minute.
@@ -275,7 +275,7 @@ class Bench:
             row = min(tokens, o.row)
             rows = tokens // row
             work = flops(config, rows * row, row, o.rank)
-            guess = budget.estimate(described, rows, row, True, o.dropout, self.device.type, documents=False)
+            guess = budget.estimate(described, rows, row, True, o.dropout, self.device.type)
             entry = {"tokens": rows * row, "rows": rows, "row": row, "tflop": sum(work.values()) / 1e12, "tflop_parts": work}
             entry |= {"budget_gib": guess.peak / budget.GIB, **self.run(lambda rows=rows, row=row: step(rows, row))}
             if "error" not in entry:
@@ -366,17 +366,20 @@ class Bench:
         yield {"tokens": row, "seconds": medians, "cost": cost}
 
     def attention(self) -> Iterator[dict]:
-        from helpers.attention import choose_attention
+        from helpers.attention import DOCUMENTS, choose_attention
 
         step, row = self.step(), min(self.o.row, max(self.o.tokens))
         best, why = choose_attention(type(step.model.get_base_model()), self.dtype)
         found = {"tokens": row, "documents": 4, "best": best, "why": why, "steps": {}}
-        self.clock.say(f"attention: the best here is {best} ({why})")
-        for name in dict.fromkeys(["sdpa", best]):
+        self.clock.say(f"attention: a run takes {best} here ({why})")
+        for name in dict.fromkeys(["sdpa", DOCUMENTS, best, "flex_attention"]):
             step.model.get_base_model().set_attn_implementation(name)
             try:
                 # one row: then transformers finds the documents itself, whatever the attention is
                 found["steps"][name] = self.run(lambda: step(1, row, documents=4))
+            except Exception as error:  # Triton, compilers and missing kernels have their own
+                found["steps"][name] = {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
+                self.failed()
             finally:
                 step.model.get_base_model().set_attn_implementation("sdpa")
             self.clock.say(f"attention: {name}: {described_step(found['steps'][name])}")

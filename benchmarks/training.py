@@ -118,19 +118,24 @@ def make_base(size: str, folder: Path) -> Path:
 
 
 def stories(tokenizer, context: int):
-    """Packed rows, and the same stories one a row: as many as fill ROWS rows."""
-    from helpers.data import build_corpus
-    from helpers.tiny_stories import labelled_story
+    """ROWS packed rows, drawn from those of the tiny profile's training, and the stories in them one a row."""
+    import dataclasses
+    import random
+
+    from helpers.data import build_corpus, labelled_stories
+    from helpers.profiles import PROFILES
     from helpers.tokens import encode_all
 
-    labelled = [labelled_story(k, balanced=0.6, max_words=150) for k in range(200)]
-    for count in range(1, len(labelled)):
-        if len(build_corpus(labelled[: count + 1], tokenizer, context).rows) > ROWS:
-            break
-    chosen = labelled[:count]
-    corpus = build_corpus(chosen, tokenizer, context)
+    labelled = labelled_stories(dataclasses.replace(PROFILES["tiny"], stories="generated:200"))
+    corpus = build_corpus(labelled, tokenizer, context)
+    drawn = sorted(random.Random(42).sample(range(len(corpus.rows)), ROWS))
+    rows, names = ([listed[k] for k in drawn] for listed in (corpus.rows, corpus.names))
+    inside = {name for row in names for name in row}
+    chosen = [pair for pair in labelled if pair[0].source in inside]
     single = [{"input_ids": list(s.input_ids), "labels": list(s.labels)} for s in encode_all(chosen, tokenizer, context)]
-    return corpus, single
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    assert tokens == sum(len(s["input_ids"]) for s in single), "both sides train the same stories"
+    return dataclasses.replace(corpus, rows=rows, names=names, tokens=tokens, fill=tokens / (ROWS * context)), single
 
 
 def ours(base: Path, corpus, folder: Path) -> Variant:
@@ -253,13 +258,14 @@ class Remote:
         return self._ask("memory")
 
 
-def measure(size: str, rounds: int, old: Path | None, context: int = 768) -> dict:
+def measure(size: str, rounds: int, old: Path | None) -> dict:
     from transformers import AutoTokenizer
 
     from helpers.environment import quiet
+    from helpers.profiles import PROFILES
 
     quiet()
-    folder = Path(tempfile.mkdtemp())
+    folder, context = Path(tempfile.mkdtemp()), PROFILES["tiny"].context
     base = make_base(size, folder / "base")
     corpus, single = stories(AutoTokenizer.from_pretrained(base), context)
     variants = {

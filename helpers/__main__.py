@@ -105,10 +105,27 @@ def _budget(options) -> int:
     print(f"profile {profile.name} ({why})")
     model = budget.of_profile(profile)
     changes = {"micro_batch": options.micro_batch, "context": options.context, "checkpointing": options.checkpointing}
+    if options.rehearse:
+        return _rehearse(profile, changes)
     print(budget.estimate(profile, **changes))
     for gpu, gib in budget.GPUS.items():
         found = budget.suggest(model, gib, checkpointing=True if options.checkpointing is None else options.checkpointing)
         print(f"{gpu:<8} at most " + ("nothing of this model" if found is None else f"{found[0]} x {found[1]:,} tokens"))
+    return 0
+
+
+def _rehearse(profile, changes: dict) -> int:
+    import dataclasses
+
+    from helpers import budget, rehearsal
+
+    checkpointing = changes.pop("checkpointing")
+    if checkpointing is not None:
+        profile = dataclasses.replace(profile, gradient_checkpointing=checkpointing)
+    print("running the step without storage: a quarter of a minute for Mixtral, half a minute for OLMoE …", flush=True)
+    print(rehearsal.rehearse(profile, **changes))
+    guess = budget.estimate(profile, **changes)
+    print(f"estimated: {guess.peak / budget.GIB:.2f} GiB")
     return 0
 
 
@@ -226,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     budget.add_argument("--context", type=int, help="tokens a row; default: the profile's")
     budget.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
     budget.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
+    budget.add_argument("--rehearse", action="store_true", help="count instead: run the step on tensors without storage")
     budget.set_defaults(run_command=_budget)
 
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
@@ -239,9 +257,13 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--z-coef", type=float)
     train.add_argument("--micro-batch", type=int, help="rows in one forward pass of one process")
     train.add_argument("--accumulation", type=int, help="forward passes of a process for one step; halve it for two GPUs")
-    train.add_argument("--log-every", type=int, default=10, help="steps from one row of log.jsonl to the next")
+    train.add_argument(
+        "--log-every", type=int, help="steps from one row of log.jsonl to the next; default: 10, or 1 in a short run"
+    )
     train.add_argument("--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, twice")
-    train.add_argument("--attention", help="sdpa, eager, flex_attention or flash_attention_2; default: the best there is")
+    train.add_argument(
+        "--attention", help="sdpa_documents, sdpa, eager, flex_attention, flash_attention_2; default: the best here"
+    )
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)
 

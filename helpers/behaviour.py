@@ -20,7 +20,7 @@ from helpers.generation import Progress, Prompt, Sampling, reply_stops, steady
 from helpers.lengths import LENGTHS, count_words, length_class, word_range
 from helpers.prompts import Lengths, generation_segments, response_header
 from helpers.replies import recorded_replies
-from helpers.schema import Message, Story
+from helpers.schema import Message, Story, clean_reply
 from helpers.tokens import IGNORED, encode, encode_segments
 
 Rows = list[dict[str, Any]]
@@ -60,14 +60,15 @@ def change_of_length(
     cases, prompts = [], []
     for k, said in enumerate(opening):
         story, a = stories[k // len(first)], first[k % len(first)]
-        if not said.text:
+        text = clean_reply(said.text)
+        if not text:
             continue
         before = story.before_reply(1)
         at = next(i for i, m in enumerate(before.messages) if m.speaker == "character")
-        messages = (*before.messages[:at], Message("character", said.text), *before.messages[at + 1 :])
+        messages = (*before.messages[:at], Message("character", text), *before.messages[at + 1 :])
         changed = dataclasses.replace(before, messages=messages)
         for b in then:
-            cases.append({"first": a, "then": b, "story": k // len(first), "before": count_words(said.text)})
+            cases.append({"first": a, "then": b, "story": k // len(first), "before": count_words(text)})
             prompts.append(Prompt.of(changed, asker.tokenizer, b, [a]))
     return [row_of(r, **case) for case, r in zip(cases, asker.ask(prompts), strict=True)]
 

@@ -3,7 +3,7 @@
 Weights, adapters, gradients and Adam's moments are counted on the model's real shapes, on torch's meta device, with the very
 rules that load and adapt it. Activations follow from what one layer keeps for its backward pass:
 
-    attention   the residual stream, the norm's output, a dropped copy for each adapter, q, k, v, the output and the mask
+    attention   the residual stream, the norm's output, a dropped copy for each adapter, q, k, v, the output, a mask if any
     experts     their input, and per token and chosen expert the pre-activations (2I); no weights
 
 Without checkpointing all layers keep theirs. With it, each layer keeps its input (T × H), and one layer at a time everything
@@ -132,6 +132,7 @@ def describe(
         inner=getattr(text, "moe_intermediate_size", None) or text.intermediate_size, top_k=text.num_experts_per_tok,
         queries=heads * head_dim, keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim, heads=heads,
         rank=r if adapters else 0, adapted=attention, longest=text.max_position_embeddings,
+        normed=any(name.endswith(("q_norm", "query_layernorm")) for name, _ in model.named_modules()),
     )  # fmt: skip
     return Model(name or text.model_type, weights, adapters, dtype, sizes)
 
@@ -149,13 +150,13 @@ def estimate(
     checkpointing: bool | None = None,
     dropout: float | None = None,
     device: str = "cuda",
-    documents: bool = True,
+    masked: bool = False,
     **lora: Any,
 ) -> Budget:
     """The budget of a profile, of a model configuration, or of a model that was `describe`d before.
 
     What is not given is taken from the profile; otherwise one row of the longest context, with checkpointing, dropout 0.05.
-    `documents`: rows are packed from several stories, so attention needs a mask. `lora` goes to `describe`.
+    `masked`: packed rows go through SDPA with a mask (`--attention sdpa`). `lora` goes to `describe`.
     """
     from helpers.profiles import Profile
 
@@ -169,7 +170,7 @@ def estimate(
     rows, tokens, checkpointing, dropout = (u if g is None else g for g, u in zip(given, usual, strict=True))
     if rows < 1 or tokens < 1:
         raise ValueError(f"micro-batch {rows} and context {tokens} must be at least 1")
-    layer_kept, working, head = _activations(model, rows, tokens, dropout, device, documents)
+    layer_kept, working, head = _activations(model, rows, tokens, dropout, device, masked)
     z = model.sizes
     checkpoint = rows * tokens * z["hidden"] * model.dtype.itemsize
     parts = {
@@ -184,20 +185,23 @@ def estimate(
     return Budget(model.name, rows, tokens, parts)
 
 
-def of_profile(profile: Profile, **lora: Any) -> Model:
-    """`describe` for a profile's base, with its configuration from `SHAPES`, or else from disk or the Hub (a few kilobytes)."""
+def config_of(profile: Profile) -> PreTrainedConfig:
+    """The configuration of a profile's base, from `SHAPES`, or else from disk or the Hub (a few kilobytes)."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if profile.base in SHAPES:
         kind, changes = SHAPES[profile.base]
-        config = CONFIG_MAPPING[kind](**changes)
-    else:
-        config = AutoConfig.from_pretrained(profile.base_path)
+        return CONFIG_MAPPING[kind](**changes)
+    return AutoConfig.from_pretrained(profile.base_path)
+
+
+def of_profile(profile: Profile, **lora: Any) -> Model:
+    """`describe` for a profile's base."""
     wanted = {"r": profile.lora_r, "experts": profile.lora_experts, "router": profile.lora_router, **lora}
-    return describe(config, profile.dtype, name=f"{profile.name} ({profile.base})", **wanted)
+    return describe(config_of(profile), profile.dtype, name=f"{profile.name} ({profile.base})", **wanted)
 
 
-def _activations(model: Model, rows: int, tokens: int, dropout: float, device: str, documents: bool) -> tuple[int, int, int]:
+def _activations(model: Model, rows: int, tokens: int, dropout: float, device: str, masked: bool) -> tuple[int, int, int]:
     """(what a layer keeps, what its backward pass works with beside that, what the loss takes) in bytes."""
     z, s = model.sizes, model.dtype.itemsize
     t, h, inner, k = rows * tokens, z["hidden"], z["inner"], z["top_k"]
@@ -209,16 +213,20 @@ def _activations(model: Model, rows: int, tokens: int, dropout: float, device: s
     copies = sum(inputs) * t * (s + mask_bytes) if dropout else stream
     thin = len(inputs) * t * z["rank"] * s
     # q, and k and v for as many heads: with a mask they are repeated, without one the kernel does it
-    repeated = 2 * (z["queries"] if documents else z["keys"])
-    mask = rows * tokens**2 * s if documents else 0
+    repeated = 2 * (z["queries"] if masked else z["keys"])
+    mask = rows * tokens**2 * s if masked else 0
     attention = t * (2 * z["queries"] + repeated) * s + 4 * t * z["heads"] + mask + copies + thin
+    if z["normed"]:  # queries and keys have norms of their own, which work in fp32 too
+        attention += t * (z["queries"] + z["keys"]) * (s + (4 if s < 4 else 0))
     routing = t * z["experts"] * (s + 8) + 2 * t * k * (8 + 4)
     factors = 2 * model.adapters // z["layers"] * s if s < 4 else 0  # copies in half precision, and their gradients
     layer_kept = norms + attention + routing + stream + factors + t * k * 2 * inner * s
     most = min(t, math.ceil(IMBALANCE * t * k / z["experts"]))  # tokens of the fullest expert
     dropped = 2 * inner + h if dropout else 0  # a mask and a product with it
-    expert = most * (8 * inner + 3 * h + dropped) * s
-    working = expert + 3 * stream + (rows * tokens**2 if documents else 0)
+    # the gate's backward pass, or the unpacked matrix through which the gradient goes back into the input
+    expert = max(most * (8 * inner + 3 * h + dropped), 2 * inner * h + most * (4 * inner + 2 * h)) * s
+    scales = 4 * 3 * z["experts"] * inner * h // 64  # of both stacks, for as long as a pass over the experts takes
+    working = expert + scales + 3 * stream + (rows * tokens**2 if masked else 0)
     from helpers.losses import CHUNK, FEWEST
 
     chunk = min(t, max(FEWEST, CHUNK.get(device, CHUNK["cuda"]) // z["vocabulary"]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from helpers.generation import SAMPLERS, Prompt, Sampling, stream_reply
 from helpers.lengths import count_words, rank
-from helpers.schema import Message, Story
+from helpers.schema import Message, Story, clean_reply
 from helpers.stories import clean
 
 SILENCE = "..."  # stands for a reply without a word, which the format cannot hold
@@ -57,7 +57,7 @@ class Chat:
                     received.append(piece)
                     yield piece
             finally:
-                text = clean("".join(received)) or SILENCE
+                text = clean_reply("".join(received)) or SILENCE
                 self.story = dataclasses.replace(story, messages=(*story.messages, Message("character", text)))
                 self.lengths.append(length)
 

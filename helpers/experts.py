@@ -14,6 +14,7 @@ E experts, H hidden size, I intermediate size, T tokens, k experts a token, r Lo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -183,13 +184,20 @@ def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool 
     return pack_codes(codes, scales, shape, dtype, double_quant)
 
 
+@functools.cache
+def _scale_code() -> Tensor:
+    """bitsandbytes' 8-bit code book for scales. Left to itself it keeps the first one it needs, be that on the meta device."""
+    with torch.device("cpu"):
+        return bnbf.create_dynamic_map()
+
+
 def pack_codes(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> Params4bit:
     """The parameter that bitsandbytes would have made of these codes (n/2, 1) uint8 and scales (n/64,) fp32."""
     code = bnbf.get_4bit_type("nf4", device=codes.device)
     state = bnbf.QuantState(scales, torch.Size(shape), code, BLOCK, "nf4", dtype)
     if double_quant:
         state.offset = scales.mean()
-        state.absmax, state.state2 = bnbf.quantize_blockwise(scales - state.offset, blocksize=256)
+        state.absmax, state.state2 = bnbf.quantize_blockwise(scales - state.offset, _scale_code(), blocksize=256)
         state.nested = True
     return Params4bit(
         codes, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4",
@@ -199,14 +207,19 @@ def pack_codes(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: tor
 
 @torch.no_grad()
 def random_packed(
-    shape: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator, double_quant: bool = True
+    shape: tuple[int, ...],
+    std: float,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+    double_quant: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Params4bit:
-    """Random NF4 weights of a standard deviation, on the generator's device, that were never anything but 4-bit.
+    """Random NF4 weights of a standard deviation, that were never anything but 4-bit; the generator must be the device's.
 
     The codes are drawn evenly and the scales around the value that gives `std`. No real matrix looks quite like this (fewer
     of its codes are extreme), but it costs what one costs.
     """
-    total, device = math.prod(shape), generator.device
+    total = math.prod(shape)
     codes = torch.randint(256, (-(-total // 2), 1), dtype=torch.uint8, device=device, generator=generator)
     rms = bnbf.get_4bit_type("nf4", device=device).square().mean().sqrt()
     jitter = torch.rand(-(-total // BLOCK), device=device, generator=generator).sub_(0.5).mul_(0.2)
@@ -220,9 +233,9 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """Dropout from its own generator: backward draws the same mask again instead of keeping it."""
     if p == 0.0:
         return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, device=x.device).bernoulli_(1 - p, generator=generator).to(x.dtype)
-    return x * keep.div_(1 - p)
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    return keep.div_(1 - p).mul_(x)
 
 
 class _Adapter(NamedTuple):
@@ -262,6 +275,14 @@ def _into_input(g: Tensor, unpack: Unpacker, e: int) -> Tensor:
     return gx
 
 
+def _ends(chosen: Tensor, experts: int) -> list[int]:
+    """Where each expert's stretch ends in `chosen`, the sorted expert ids. On the meta device, which has none: evenly."""
+    if chosen.is_meta:
+        return [len(chosen) * (e + 1) // experts for e in range(experts)]
+    # The only time that Python waits for the GPU; bincount would wait more often.
+    return torch.searchsorted(chosen, torch.arange(experts, device=chosen.device, dtype=chosen.dtype), right=True).tolist()
+
+
 def _row_blocks(h: Tensor, whole: bool) -> list[slice]:
     """Rows to apply the gate to at a time: what stays in a CPU's cache, so that its many steps do not wait for memory."""
     step = len(h) if whole else max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1])
@@ -281,9 +302,7 @@ class _ExpertMLP(torch.autograd.Function):
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)  # assignments sorted by expert
         token = order // k
-        # Where each expert's stretch ends. The only time that Python waits for the GPU; bincount would wait more often.
-        numbers = torch.arange(module.num_experts, device=flat.device, dtype=flat.dtype)
-        ends = torch.searchsorted(flat[order], numbers, right=True).tolist()
+        ends = _ends(flat[order], module.num_experts)
         ctx.module, ctx.ends, ctx.rules, ctx.seed = module, ends, rules, seed
         keep = any(ctx.needs_input_grad)
         out, kept = torch.zeros_like(x), []
@@ -374,7 +393,8 @@ def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
         rules.append((lora.dropout if self.training else 0.0, lora.scale) if lora is not None else (0.0, 1.0))
     # Drawn from torch's CPU generator, which checkpointing restores: the recomputation drops the same entries.
     seed = int(torch.randint(2**31, ())) if any(dropout for dropout, _ in rules) else 0
-    with torch.autocast(hidden_states.device.type, enabled=False):  # one compute dtype; autocast would mix two
+    kind = "cpu" if hidden_states.is_meta else hidden_states.device.type  # the meta device knows no autocast
+    with torch.autocast(kind, enabled=False):  # one compute dtype; autocast would mix two
         out = _ExpertMLP.apply(self, hidden_states.to(dtype), top_k_index, top_k_weights, *factors, rules, seed)
     return out.to(hidden_states.dtype)
 

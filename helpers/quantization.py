@@ -261,17 +261,19 @@ def random_4bit(
 
     For benchmarks, and for learners without the weights: no unquantised expert or linear layer ever exists, so Mixtral-8x7B
     takes its 23 GiB and not 90. What stays unquantised (embeddings, norms, routers, head) is drawn by the model's own rules.
+    On the device "meta" it takes nothing, and has shapes only (`rehearsal`).
     """
+    device = torch.device(device)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model, quantizer = empty_4bit(config, dtype, double_quant)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     std = getattr(config.get_text_config(), "initializer_range", 0.02)
-    with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for name, param in list(model.named_parameters()):
             module, leaf = get_module_from_name(model, name)
             if quantizer.param_needs_quantization(model, name):
-                value = experts.random_packed(param.shape, std, dtype, generator, double_quant)
+                value = experts.random_packed(param.shape, std, dtype, generator, double_quant, device)
                 if isinstance(module, Linear4bit):
                     value.module, module.quant_state = module, value.quant_state
                 value._is_hf_initialized = True  # transformers' initialisation leaves it alone

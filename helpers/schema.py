@@ -174,6 +174,11 @@ def clean(text: str) -> str:
     return text.strip()
 
 
+def clean_reply(text: str) -> str:
+    """What a model wrote, so that it can stand in a story: cleaned, and without the control characters that a story refuses."""
+    return clean(_CONTROL.sub("", text))
+
+
 def reply_table(stories: Sequence[Story]) -> Iterator[dict]:
     """One row a message: story, speaker, words. The table behind the dataset tour's figures."""
     for number, story in enumerate(stories):

@@ -89,7 +89,8 @@ class _Clock:
             hook.remove()
 
 
-def _step(model: nn.Module, batch: dict[str, torch.Tensor], seconds: dict | None) -> None:
+def _step(model: nn.Module, batch: dict[str, torch.Tensor], seconds: dict | None) -> float:
+    """Forward and backward; returns the loss."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "valid", "rows")}
     start = _Clock.now()
     hidden, targets = losses.completion_states(model, inputs, batch["labels"], model)
@@ -101,13 +102,16 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor], seconds: dict | None
         loss.backward()
     if seconds is not None:
         seconds |= {"forward": middle - start, "head": head - middle, "backward": _Clock.now() - head}
+    return loss.item()
 
 
 def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 3) -> dict[str, Any]:
-    """{"seconds": part → {"forward", "backward"}, of the quickest of `repeats` steps; "mib": what is held; "tokens"}.
+    """{"seconds": part → {"forward", "backward"}, of the quickest of `repeats` steps; "mib": what is held; "tokens"; "loss"}.
 
     Includes an optimizer step with a learning rate of 0; leaves weights and hooks as they were, and no gradients.
     """
+    device = model.get_output_embeddings().weight.device
+    batch = {name: value.to(device) for name, value in batch.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     model.train()
@@ -132,7 +136,7 @@ def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int 
             parts["optimizer"] = {"forward": whole["optimizer"], "backward": 0.0}
             best = {"total": total, "seconds": parts}
     with LiveBytes() as peak:
-        _step(model, batch, None)
+        loss = _step(model, batch, None)
     optimizer.zero_grad()
     adapters = sum(p.nbytes for p in trained)
     frozen = sum(p.untyped_storage().nbytes() for p in {id(p): p for p in model.parameters() if not p.requires_grad}.values())
@@ -147,4 +151,5 @@ def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int 
         "seconds": best["seconds"],
         "mib": {name: value / 2**20 for name, value in bytes_held.items()},
         "tokens": int(batch["valid"].sum()) if "valid" in batch else batch["input_ids"].numel(),
+        "loss": loss,
     }

@@ -29,13 +29,25 @@ from helpers.tokens import IGNORED, Collator, document_bounds
 SKIPS = 20  # steps that fp16's gradient scaler may skip in a row: from its first scale, 65,536, down to 1/16
 
 
-def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> TrainingArguments:
+class Arguments(TrainingArguments):
+    """TrainingArguments of a process that trains on one GPU, however many it sees.
+
+    transformers would put a copy of the model on each (nn.DataParallel), which neither the batch of the recipe nor the hooks
+    on the routers survive. Several GPUs take a process each: `accelerate launch`.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
+def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> Arguments:
     """The profile as transformers' TrainingArguments: Adam (0.9, 0.999, 1e-8), cosine, warm-up steps."""
     cuda = torch.cuda.is_available()
     checkpointing: dict[str, Any] = {}
     if profile.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=profile.micro_batch,
         gradient_accumulation_steps=profile.accumulation,

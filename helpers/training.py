@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCall
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from helpers import budget, qlora, resume
-from helpers.attention import choose_attention
+from helpers.attention import DOCUMENTS, choose_attention
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
 from helpers.environment import gpu_memory_gib, hardware, host_memory_gib, versions
 from helpers.held_out import HeldOutLoss, held_out_stories
@@ -77,7 +78,7 @@ def _causal_lm(profile: Profile) -> type:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(profile.base_path))]
 
 
-def prepare_model(profile: Profile, attention: str = "sdpa"):
+def prepare_model(profile: Profile, attention: str = DOCUMENTS):
     """The profile's base model in audited 4 bit with fresh adapters; `attention` as from `choose_attention`."""
     set_seed(profile.seed)  # LoRA's initial A is random
     model = load_4bit(profile.base_path, dtype=profile.dtype, attn_implementation=attention)
@@ -96,7 +97,7 @@ def train(
     output_dir: str | Path,
     resume: bool = True,
     progress: Progress | None = print_progress,
-    log_every: int = 10,
+    log_every: int | None = None,
     stop_after: int | None = None,
     held_out: Sequence[Labelled] | None = None,
     shrink: bool = False,
@@ -110,7 +111,8 @@ def train(
     evaluation loss in the log is measured on (None: the profile's; empty: nothing). `shrink`: when the GPU's memory does not
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
     the same, so without dropout the trajectory does too, to rounding (one process only: of several, each would wait).
-    `attention`: transformers' name of one, instead of what `choose_attention` finds.
+    `attention`: transformers' name of one, instead of what `choose_attention` finds. `log_every`: steps from one row of the log
+    to the next (None: 10, or 1 in a run of up to 200 steps).
 
     ValueError for a folder with another run, other settings or damaged checkpoints; OSError if it cannot be written;
     FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
@@ -218,11 +220,18 @@ class _Run:
     def accumulation(self) -> int:
         return self.profile.accumulation * self.profile.micro_batch // self.micro_batch
 
-    def sitting(self, progress, log_every: int, stop_after: int | None, held_out, callbacks) -> TrainingResult:
+    @property
+    def steps(self) -> int:
+        """Of the whole run, on one process; more processes make fewer."""
+        p = self.profile
+        batches = math.ceil(len(self.corpus.rows) / p.micro_batch)
+        return p.max_steps if p.max_steps > 0 else math.ceil(p.epochs * math.ceil(batches / p.accumulation))
+
+    def sitting(self, progress, log_every: int | None, stop_after: int | None, held_out, callbacks) -> TrainingResult:
         """From the last checkpoint, or the start, to the end or to an interruption."""
         profile, run_dir, tokenizer, corpus = self.profile, self.run_dir, self.tokenizer, self.corpus
         current = dataclasses.replace(profile, micro_batch=self.micro_batch, accumulation=self.accumulation)
-        args = arguments(current, run_dir, log_every)
+        args = arguments(current, run_dir, log_every or (10 if self.steps > 200 else 1))
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise ValueError(FSDP)
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one

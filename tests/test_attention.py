@@ -9,7 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, MixtralForCausalLM, OlmoeForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.masking_utils import flash_attention_mask
 
 from helpers import attention, losses, training
@@ -22,7 +30,7 @@ from tests.small_runs import STORIES, small_profile, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARLEN = "varlen_by_hand"
-LIBRARY = ["eager", "sdpa", "flex_attention"]
+NAMES = ["eager", "sdpa", attention.DOCUMENTS, "flex_attention", VARLEN]
 
 
 def by_hand(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -99,7 +107,7 @@ def logits(base, name, batch):
     return loaded(base, name)(**given(batch, name), use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", [*LIBRARY, VARLEN])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_packed_document_is_computed_as_if_it_were_alone(base, batch, name):
     """Against the plain model, one document at a time: no packing, no mask."""
     found, alone = logits(base, name, batch), loaded(base, "eager")
@@ -111,7 +119,7 @@ def test_a_packed_document_is_computed_as_if_it_were_alone(base, batch, name):
             torch.testing.assert_close(found[row, a:b], wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*LIBRARY, VARLEN])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_changed_document_changes_itself_alone(base, batch, name):
     positions = batch["position_ids"]
     start, end = (positions[0] == 0).nonzero().flatten()[1:3].tolist()
@@ -131,7 +139,7 @@ def test_flash_attention_without_bounds_would_mix_documents():
     assert _is_packed_sequence(packed, 1) and not _is_packed_sequence(packed.repeat(2, 1), 2)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flex_attention", VARLEN])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_loss_and_gradients_of_a_training_batch_are_those_of_eager(base, batch, name, tmp_path):
     need_compiler(name)
     found = []
@@ -178,34 +186,78 @@ def test_the_bounds_count_padding_as_a_document():
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "capability", "flash", "problem", "wanted"),
+    ("kind", "dtype", "capability", "flash", "wanted"),
     [
-        (MixtralForCausalLM, "bfloat16", None, True, None, "sdpa"),
-        (MixtralForCausalLM, "float16", (7, 5), True, None, "sdpa"),
-        (MixtralForCausalLM, "bfloat16", (8, 0), True, None, "flash_attention_2"),
-        (MixtralForCausalLM, torch.float32, (8, 0), True, None, "flex_attention"),
-        (MixtralForCausalLM, "bfloat16", (9, 0), False, None, "flex_attention"),
-        (MixtralForCausalLM, "bfloat16", (9, 0), False, "no compiler", "sdpa"),
-        (OlmoeForCausalLM, "bfloat16", (8, 9), True, None, "flash_attention_2"),
-        (OlmoeForCausalLM, "bfloat16", (8, 9), False, None, "sdpa"),
+        (MixtralForCausalLM, "bfloat16", None, True, attention.DOCUMENTS),
+        (MixtralForCausalLM, "float16", (7, 5), True, attention.DOCUMENTS),
+        (MixtralForCausalLM, "bfloat16", (8, 0), True, "flash_attention_2"),
+        (MixtralForCausalLM, torch.float32, (8, 0), True, attention.DOCUMENTS),
+        (MixtralForCausalLM, "bfloat16", (9, 0), False, attention.DOCUMENTS),
+        (OlmoeForCausalLM, torch.bfloat16, (8, 9), True, "flash_attention_2"),
+        (OlmoeForCausalLM, "bfloat16", (8, 9), False, attention.DOCUMENTS),
+        (SwitchTransformersForConditionalGeneration, "bfloat16", (8, 9), False, "eager"),
     ],
 )
-def test_the_best_attention_that_is_there(kind, dtype, capability, flash, problem, wanted):
-    name, why = attention.best_attention(kind, dtype, capability, flash, lambda: problem)
-    assert name == wanted and why and (problem is None or problem in why)
+def test_the_best_attention_that_is_there(kind, dtype, capability, flash, wanted):
+    name, why = attention.best_attention(kind, dtype, capability, flash)
+    assert name == wanted and why
+    assert attention.choose_attention(kind, dtype, "sdpa") == ("sdpa", "asked for")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu_it_is_sdpa_and_what_fails_is_one_line():
-    assert attention.choose_attention(MixtralForCausalLM, "float32") == ("sdpa", "there is no CUDA GPU")
-    assert attention.choose_attention(MixtralForCausalLM, "float32", "eager") == ("eager", "asked for")
-    problem = attention.flex_problem("cpu")  # the trial takes gradients, which torch has no kernel for here
-    assert problem and "backward" in problem and "\n" not in problem
+# ------------------------------------------------------------------------------------------------------- documents
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_flex_attention_runs_on_this_gpu():
-    assert attention.flex_problem() is None
+class Products(TorchDispatchMode):
+    """Pairs of query and key that SDPA is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs, self.masks = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.pairs += args[0].shape[0] * args[0].shape[2] * args[1].shape[2]
+            self.masks += sum(a is not None for a in [(kwargs or {}).get("attn_mask")])
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_documents_nothing_is_computed(base, batch):
+    lengths = []
+    for positions in batch["position_ids"]:
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+        lengths += [b - a for a, b in pairwise(starts)]
+    found = {}
+    for name in ("sdpa", attention.DOCUMENTS):
+        with torch.no_grad(), Products() as products:
+            loaded(base, name)(**given(batch, name), use_cache=False)
+        found[name] = products
+    assert found[attention.DOCUMENTS].pairs == sum(n * n for n in lengths) and found[attention.DOCUMENTS].masks == 0
+    assert found["sdpa"].pairs == batch["input_ids"].numel() * batch["input_ids"].shape[1] > 2 * sum(n * n for n in lengths)
+
+
+@torch.no_grad()
+def test_what_is_not_packed_is_left_to_sdpa(base, tokenizer):
+    """Padding at the left, and a cache: what generation needs."""
+    model, plain = loaded(base, attention.DOCUMENTS), loaded(base, "sdpa")
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**inputs, **settings), plain.generate(**inputs, **settings))
+    assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits), "rows of one document"
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_left_to_sdpa(base, batch):
+    """The lengths of documents say nothing of a window."""
+    found = []
+    for name in ("sdpa", attention.DOCUMENTS):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=name, sliding_window=16)
+        found.append(model.to(DEVICE)(**given(batch, name), use_cache=False).logits)
+    assert torch.equal(*found)
+    assert (found[0] - logits(base, "sdpa", batch)).abs().max() > 1e-3, "the window does something"
 
 
 def test_a_run_takes_the_attention_that_was_asked_for_and_says_so(base, tmp_path, capsys):

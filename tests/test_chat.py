@@ -88,6 +88,13 @@ def test_a_reply_without_words_does_not_break_the_story(model, tokenizer, settin
     assert talk(chat, "Hello?") == "" and chat.story.messages[-1].text == SILENCE
 
 
+def test_a_reply_with_what_no_story_may_hold_does_not_end_the_chat(model, tokenizer, setting, monkeypatch):
+    monkeypatch.setattr("helpers.chat.stream_reply", lambda *a: iter(["A bell:\x07", " \u202eding."]))
+    chat = Chat(model, tokenizer, setting, SHORT)
+    talk(chat, "Hello?")
+    assert chat.story.messages[-1].text == "A bell: ding."
+
+
 def test_a_full_context_drops_the_oldest_turns_from_the_prompt_only(model, tokenizer, setting, monkeypatch):
     monkeypatch.setattr("helpers.chat.stream_reply", lambda *a: iter(["Yes."]))
     chat = Chat(model, tokenizer, setting, SHORT)

@@ -75,8 +75,8 @@ def test_shuffled_labels_keep_every_count_and_tell_nothing():
 class Obedient:
     """Answers a prompt with as many words as its modifier's class begins with: behaviour must report just that."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.asked = tokenizer, []
+    def __init__(self, tokenizer, before: str = ""):
+        self.tokenizer, self.asked, self.before = tokenizer, [], before
 
     def ask(self, prompts):
         self.asked += prompts
@@ -84,7 +84,7 @@ class Obedient:
         for p in prompts:
             last = self.tokenizer.decode(p.ids, skip_special_tokens=True).rpartition("### Response:")[2]
             name = next((n for n in LENGTHS if f"= {n})" in last), None)
-            replies.append(Reply(" ".join(["word"] * (word_range(name)[0] if name else 30)), 3, "eos"))
+            replies.append(Reply(self.before + " ".join(["word"] * (word_range(name)[0] if name else 30)), 3, "eos"))
         return replies
 
 
@@ -103,6 +103,16 @@ def test_a_change_in_mid_conversation_asks_with_the_models_own_first_reply(stori
     assert [m["mean"] for m in means[:3]] == [5, 14, 68] and means[0]["low"] == means[0]["high"] == 5
     follows, ignores = conclusions.about_changes(rows, LENGTHS)
     assert follows.reached and ignores.reached and float(ignores.measured) == 0
+
+
+def test_a_first_reply_with_what_no_story_may_hold_is_cleaned(stories, tokenizer):
+    """Of a base model, or of one that samples at a high temperature, a bell character is nothing unusual."""
+    obedient = Obedient(tokenizer, before="\x07\u202e")
+    rows = behaviour.change_of_length(obedient, stories)
+    assert len(rows) == 4 * 2 * 3 and "\x07" not in tokenizer.decode(obedient.asked[-1].ids)
+    nothing = Obedient(tokenizer, before="\x07")
+    nothing.ask = lambda prompts: [Reply("\x07", 1, "eos") for _ in prompts]
+    assert behaviour.change_of_length(nothing, stories) == []
 
 
 def test_carry_over_changes_nothing_but_old_modifiers(stories, tokenizer):

@@ -181,6 +181,14 @@ def test_packed_rows_give_the_same_loss_with_either_attention(base, tokenizer):
     assert abs(found[0] / found[1] - 1) < 1e-5
 
 
+def test_a_machine_with_two_gpus_trains_on_one_of_them(base, tmp_path):
+    """Else a step would have twice the rows, and each router a copy without hooks."""
+    args = training.arguments(small_profile(base, micro_batch=3), tmp_path)
+    args.device  # noqa: B018  counts the GPUs
+    args._n_gpu = 2  # what it finds on such a machine
+    assert args.n_gpu == 1 and args.train_batch_size == 3 and args.parallel_mode.value == "not_parallel"
+
+
 class Waits(TorchDispatchMode):
     """Counts what would make a GPU's queue wait: numbers fetched by Python, and sizes that depend on data."""
 

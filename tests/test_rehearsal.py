@@ -1,0 +1,87 @@
+"""A step on the meta device, against a real step on the CPU, and against what the budget calculates."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from helpers import budget, experts, qlora
+from helpers.__main__ import main
+from helpers.profiles import PROFILES
+from helpers.quantization import audit, random_4bit
+from helpers.rehearsal import rehearse
+from helpers.router_losses import attach_router_losses
+from helpers.tiny import tiny_config
+
+
+def fewer_layers(profile, layers):
+    config = budget.config_of(profile)
+    return type(config)(**{**config.to_diff_dict(), "num_hidden_layers": layers})
+
+
+@pytest.mark.parametrize("name, layers", [("t4", 1), ("l4", 1), ("a100-40", 3), ("a100-80", 3)])
+def test_the_budget_is_what_the_real_code_needs_at_the_real_shapes(name, layers):
+    """Within a tenth, and never below: it must not promise what does not fit."""
+    profile = PROFILES[name]
+    config = fewer_layers(profile, layers)
+    found = rehearse(profile, config=config)
+    model = budget.describe(config, profile.dtype, r=profile.lora_r)
+    guess = budget.estimate(model, found.rows, found.tokens, True, profile.lora_dropout)
+    assert 1.0 <= guess.peak / found.peak < 1.1
+    assert found.weights == model.weights + 4 * model.adapters and found.gradients == 12 * model.adapters
+    assert 0.95 < (guess.parts["kept"] + guess.parts["layer"]) / found.activations < 1.15, "weights alone must not carry it"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
+    """The same model with numbers in it, whole experts at a time as on a GPU; what differs is the attention."""
+    config = tiny_config(2048, 256, 4, 448)
+    changes = {"dtype": "float32", "lora_dropout": 0.05, "gradient_checkpointing": checkpointing, "lora_router": True}
+    profile = dataclasses.replace(PROFILES["tiny"], **changes)
+    rows, tokens = 2, 512
+    torch.manual_seed(0)
+    model = qlora.add_lora(random_4bit(config, "float32"), profile.lora_r, profile.lora_alpha, 0.05).train()
+    attach_router_losses(model, 1e-3, 1e-3)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    ids = torch.randint(3, 2048, (rows, tokens))
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    with patch.dict(experts._PIECE, {"cpu": 2**40}):  # whole experts, as on a GPU
+        step()
+        with budget.LiveBytes() as live:
+            step()
+    logits = rows * tokens * 2048 * 4
+    found = rehearse(profile, rows, tokens, config)
+    assert found.weights == sum(part.bytes for part in audit(model).parts.values())
+    # the model's own loss holds whole logits, after which nothing else is alive: they must not decide the comparison
+    assert live.peak > 3 * logits and 0.85 < found.activations / live.peak < 1.15
+
+
+def test_more_rows_take_more_and_nothing_is_left_behind():
+    profile, config = PROFILES["a100-80"], fewer_layers(PROFILES["a100-80"], 1)
+    one, two, again = (rehearse(profile, rows, 1024, config) for rows in (1, 2, 1))
+    assert two.activations > 1.3 * one.activations and two.weights == one.weights and again == one
+    assert not torch.is_autocast_enabled("cuda")
+
+
+def test_what_does_not_fit_together_fails():
+    profile, config = PROFILES["a100-80"], fewer_layers(PROFILES["a100-80"], 1)
+
+    def transposed(self, e):
+        return self.weight.new_empty(self.columns, self.rows, dtype=self.dtype)
+
+    with patch.object(experts.Unpacker, "__call__", transposed), pytest.raises(RuntimeError, match=r"reduction dim|shapes"):
+        rehearse(profile, 1, 512, config)
+
+
+def test_the_command_counts_and_compares(capsys):
+    assert main(["budget", "--profile", "tiny", "--rehearse", "--context", "256"]) == 0
+    shown = capsys.readouterr().out
+    assert "rehearsed, 1 x 256 tokens: 0.0" in shown and "estimated: 0.0" in shown

@@ -264,6 +264,8 @@ class _Run:
             router_losses=handle,
             log=log,
         )
+        if main and not trainer.fused:
+            print("the model's head is more than a product: logits are built wherever a token is trained (memory!)", flush=True)
         for callback in (*ours, log, keeper):  # behind the guard, which hands each step to the log
             trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)  # our log rows say more

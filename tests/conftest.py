@@ -1,11 +1,20 @@
-"""Shared small models. Everything here is random or shipped: no test needs a network."""
+"""Shared small models. Everything here is random or shipped: no test needs a network, and none a GPU.
+
+On a machine with a GPU the tests do not use it, because what they hold to the bit is a CPU's. `COURSE_TEST_GPU=1 pytest
+tests/test_gpu.py tests/test_attention.py` does.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from helpers import environment
+
+if not os.environ.get("COURSE_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used; processes that a test starts have it, too
 
 torch.set_num_threads(1)
 environment.quiet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -179,6 +180,17 @@ def test_packed_rows_give_the_same_loss_with_either_attention(base, tokenizer):
         assert model.config._attn_implementation == name
         found.append(losses.completion_loss(model, inputs, batch["labels"], model).item())
     assert abs(found[0] / found[1] - 1) < 1e-5
+
+
+def test_a_head_that_is_more_than_a_product_is_left_to_the_model_and_the_run_says_so(base, tmp_path, capsys):
+    profile = small_profile(base, max_steps=3)
+    fused = train(base, tmp_path / "fused", profile)
+    assert "logits are built" not in capsys.readouterr().out
+    with patch.object(losses, "plain_head", return_value=False):
+        plain = train(base, tmp_path / "plain", profile)
+    assert "logits are built wherever a token is trained" in capsys.readouterr().out
+    for a, b in zip(fused.history, plain.history, strict=True):
+        assert abs(a["loss"] / b["loss"] - 1) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
 
 
 def test_a_machine_with_two_gpus_trains_on_one_of_them(base, tmp_path):

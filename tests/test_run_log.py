@@ -127,7 +127,7 @@ def test_figures_have_a_text_alternative(whole):
 def test_tensorboard_is_used_if_it_is_installed(installed, tmp_path, monkeypatch):
     monkeypatch.setattr("helpers.trainer.is_tensorboard_available", lambda: installed)
     if installed and importlib.util.find_spec("tensorboard") is None:
-        monkeypatch.setattr("helpers.trainer.TrainingArguments", lambda **kwargs: kwargs["report_to"])
+        monkeypatch.setattr("helpers.trainer.Arguments", lambda **kwargs: kwargs["report_to"])
         assert training.arguments(PROFILES["tiny"], tmp_path) == ["tensorboard"]
     else:
         assert training.arguments(PROFILES["tiny"], tmp_path).report_to == (["tensorboard"] if installed else [])

@@ -316,4 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # into a file or a pipe, Windows would write its old code page
+        stream.reconfigure(encoding="utf-8")
     sys.exit(main())

@@ -69,8 +69,15 @@ def check_package(wanted: Requirement) -> Check:
     return Check(wanted.name, fits, f"{version}, wanted {span}", todo)
 
 
+def _shell(variable: str, value: str = "") -> str:
+    """What to type to set an environment variable, or to take it away."""
+    if os.name == "nt":
+        return f"set {variable}={value}"
+    return f"export {variable}={value}" if value else f"unset {variable}"
+
+
 def check_profile() -> Check:
-    todo = f"unset {profiles.VARIABLE}   (the one that fits is chosen then)"
+    todo = f"{_shell(profiles.VARIABLE)}   (the one that fits is chosen then)"
     try:
         profile, why = profiles.choose()
     except ValueError as error:
@@ -87,7 +94,7 @@ def check_device(profile: Profile) -> Check:
     facts = hardware()
     detail = f"{facts['device']}: {facts['name']}, {facts['cores']} cores"
     if facts["device"] == "cpu" and shutil.which("nvidia-smi") and not os.environ.get(profiles.VARIABLE):
-        todo = f"install torch for your driver (pytorch.org/get-started), or stay on the CPU: export {profiles.VARIABLE}=tiny"
+        todo = f"install torch for your driver (pytorch.org/get-started), or stay on the CPU: {_shell(profiles.VARIABLE, 'tiny')}"
         return Check("device", False, f"{detail}; there is an NVIDIA driver, but torch sees no GPU", todo)
     return Check("device", True, detail)
 
@@ -108,7 +115,7 @@ def check_bf16(profile: Profile) -> Check:
 
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     detail = f"compute capability {major}.{minor}, wanted >=8.0" if major else "no CUDA GPU"
-    return Check("bf16", major >= 8, detail, f"unset {profiles.VARIABLE}, or: export {profiles.VARIABLE}=t4 (fp16)")
+    return Check("bf16", major >= 8, detail, f"{_shell(profiles.VARIABLE)}, or: {_shell(profiles.VARIABLE, 't4')} (fp16)")
 
 
 def check_disk(profile: Profile) -> Check:
@@ -120,7 +127,7 @@ def check_disk(profile: Profile) -> Check:
     download = 0 if known else DOWNLOAD_GIB.get(profile.base, 0)
     place = next(p for p in (cache, *cache.parents) if p.is_dir()) if download else ROOT
     free, needed = shutil.disk_usage(place).free / 2**30, download + 2
-    todo = "free some room, or point the Hub's cache to a larger disk: export HF_HOME=/path/to/larger/disk"
+    todo = "free some room, or point the Hub's cache to a larger disk: " + _shell("HF_HOME", "/path/to/larger/disk")
     return Check("disk", free >= needed, f"{free:.0f} GiB free, wanted {needed}", todo)
 
 

@@ -171,6 +171,7 @@ class LengthTable:
             "separated_medians": sum(apart),
             "top_three_separated": len(apart) > 1 and all(apart[-2:]),
             "information": stats.mutual_information(ranks, got),
+            "information_plain": stats.mutual_information(ranks, got, corrected=False),
             "information_by_chance": chance,
             "information_p": chance_p,
             **everything,

@@ -73,7 +73,7 @@ def save_merged(
         names |= dict.fromkeys(shard, final)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}
-        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8", newline="\n")
     plain.config.dtype = dtype
     plain.config.architectures = [type(base).__name__]
     plain.config.save_pretrained(partial)

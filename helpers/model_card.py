@@ -14,7 +14,7 @@ from helpers.evaluation import LengthTable
 from helpers.lengths import LENGTHS, word_range
 from helpers.profiles import ROOT, Profile
 from helpers.prompts import CLOSING, response_header
-from helpers.training import load_result, profile_of
+from helpers.training import arguments, load_result, profile_of
 
 TAGS = ["lora", "qlora", "mixture-of-experts", "router-z-loss", "roleplay", "length-control"]
 
@@ -30,7 +30,7 @@ def write_model_card(run_dir: str | Path, datasets: Sequence[str] = (), license:
     text = render(profile, result.facts, evaluations(run_dir), _behaviour(run_dir), datasets, license)
     card = result.adapter / "README.md"
     partial = card.with_name("README.md.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(card)
     return card
 
@@ -130,8 +130,8 @@ def usage(base: str, folder: str = "path/to/this/folder") -> str:
     return (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")\n' + _ask()
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), {_quoted(folder)})\n" + _ask()
     )
 
 
@@ -139,9 +139,14 @@ def usage_merged(folder: str = "path/to/merged") -> str:
     """The same for merged weights, which need transformers only."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n' + _ask()
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({_quoted(folder)})\n" + _ask()
     )
+
+
+def _quoted(path: str) -> str:
+    """As a Python string: the backslashes of a Windows path would be escapes."""
+    return json.dumps(path, ensure_ascii=False)
 
 
 def _ask() -> str:
@@ -157,14 +162,15 @@ def _ask() -> str:
 
 def _hyperparameters(profile: Profile, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     micro, steps = facts.get("micro_batch", profile.micro_batch), facts.get("accumulation", profile.accumulation)
+    args = arguments(profile, Path("of this run"))  # as the trainer got them; nothing is written there
     return [
         ("learning_rate", profile.learning_rate),
         ("train_batch_size", f"{micro} rows of {profile.context} tokens, packed"),
         ("gradient_accumulation_steps", steps),
         ("total_train_batch_size", micro * steps),
         ("seed", profile.seed),
-        ("optimizer", "Adam with betas=(0.9,0.999) and epsilon=1e-08"),
-        ("lr_scheduler_type", "cosine"),
+        ("optimizer", f"Adam with betas=({args.adam_beta1},{args.adam_beta2}) and epsilon={args.adam_epsilon}"),
+        ("lr_scheduler_type", args.lr_scheduler_type.value),
         ("lr_scheduler_warmup_steps", profile.warmup_steps),
         ("training_steps", facts["steps"]),
         ("tokens in an epoch (trained)", f"{facts['corpus']['tokens']:,} ({facts['corpus']['trained']:,})"),

@@ -139,8 +139,10 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
 
 def _refuse_paths(path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
-    for place in (str(ROOT), str(Path.home())):
-        if len(place) > 4 and place in text:
+    for place in (ROOT, Path.home()):
+        # in JSON and Python, and with the other slashes: on Windows three spellings of one place
+        spellings = (str(place), json.dumps(str(place), ensure_ascii=False)[1:-1], place.as_posix())
+        if len(str(place)) > 4 and any(spelling in text for spelling in spellings):
             raise ValueError(
                 f"{path.name} holds the path {place} of this machine: call sharing.bundle(run_dir) again, or edit it"
             )
@@ -167,7 +169,7 @@ def export(run_dir: str | Path, target: str, char: str = "Character", user: str 
     end = _end_of_reply(run_dir / "adapter")
     if target == "chat_template":
         path = folder / "chat_template.jinja"
-        path.write_text(CHAT_TEMPLATE, encoding="utf-8")
+        path.write_text(CHAT_TEMPLATE, encoding="utf-8", newline="\n")
         if (run_dir / "adapter").is_dir():  # transformers reads it from the tokenizer's folder
             shutil.copy(path, run_dir / "adapter" / path.name)
     elif target == "sillytavern":
@@ -180,10 +182,11 @@ def export(run_dir: str | Path, target: str, char: str = "Character", user: str 
         write_json(path, koboldcpp_adapter(char, user, length, end))
     elif target == "ollama":
         path = folder / "Modelfile"
-        path.write_text(ollama_modelfile(char, user, length, end), encoding="utf-8")
+        path.write_text(ollama_modelfile(char, user, length, end), encoding="utf-8", newline="\n")
     else:
         path = folder / "axolotl.yaml"
-        path.write_text(yaml.safe_dump(axolotl_config(profile_of(run_dir)), sort_keys=False), encoding="utf-8")
+        config = yaml.safe_dump(axolotl_config(profile_of(run_dir)), sort_keys=False)
+        path.write_text(config, encoding="utf-8", newline="\n")
     return path
 
 

@@ -242,8 +242,8 @@ def nf4_explorer(outlier: float = 0.0, blocksize: int = 64, shape: str = "normal
     """What NF4 does to 4,096 random weights of standard deviation 1, the first of which is `outlier` (0: left as drawn).
 
     `levels` (16) and `shares` (16): how often each is used; `bits` a weight, with scales; `scale` of the first block; `zeros`:
-    share of its other weights that became 0; `error` and `error_there`: root mean square error of all weights, and of those
-    other weights of the first block.
+    share of its other weights that became 0; `error`, `error_there` and `error_elsewhere`: root mean square error of all
+    weights, of those other weights of the first block, and of the other blocks.
     """
     import bitsandbytes.functional as bnbf
     import torch
@@ -274,6 +274,7 @@ def nf4_explorer(outlier: float = 0.0, blocksize: int = 64, shape: str = "normal
         "zeros": (values[0, 1:] == 0).float().mean().item(),
         "error": off.mean().sqrt().item(),
         "error_there": off[0, 1:].mean().sqrt().item(),
+        "error_elsewhere": off[1:].mean().sqrt().item(),
     }
 
 

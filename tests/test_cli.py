@@ -108,3 +108,11 @@ def test_train_lists_bad_stories_or_leaves_them_out(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("names: 1\n")
     assert main(["train", "--profile", "tiny", "--stories", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
     assert "bad.yaml:1: persona" in capsys.readouterr().err
+
+
+def test_what_it_prints_is_utf8_whatever_the_console(tmp_path):
+    """The length table has an en dash: one byte in a Western code page of Windows, none at all in a Japanese one."""
+    command = [sys.executable, "-m", "helpers", "stories", str(ROOT / "data_samples" / "stories")]
+    for encoding in ("cp1252", "cp932"):
+        done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}, capture_output=True)
+        assert done.returncode == 0 and "\N{EN DASH}" in done.stdout.decode("utf-8")

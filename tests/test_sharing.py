@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from helpers import sharing, training
+from helpers import model_card, sharing, training
 from helpers.evaluation import held_out
 from helpers.lengths import label_replies
 from helpers.profiles import PROFILES, ROOT
@@ -216,3 +218,25 @@ def test_a_missing_run_says_what_to_type(tmp_path):
         sharing.write_model_card(tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m helpers train"):
         sharing.bundle(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ paths of Windows
+
+
+WINDOWS = PureWindowsPath(r"C:\Users\ana\new runs")
+
+
+@pytest.mark.parametrize("program", [model_card.usage_merged(str(WINDOWS)), model_card.usage(str(WINDOWS), str(WINDOWS))])
+def test_a_program_names_a_windows_path_as_it_is(program):
+    """`\\U`, `\\n` and `\\r` would be escapes."""
+    strings = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+    assert strings.count(str(WINDOWS)) >= 2
+
+
+@pytest.mark.parametrize("text", [str(WINDOWS), json.dumps({"base": str(WINDOWS / "base")}), WINDOWS.as_posix()])
+def test_a_windows_path_is_found_in_every_spelling(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: WINDOWS)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="holds the path"):
+        sharing._refuse_paths(file)

@@ -35,6 +35,7 @@ PAGES = {  # source in the repository → (page, name in the navigation bar)
 STYLE = """
 :root {color-scheme: light dark; --jp-mirror-editor-comment-color: #2f6868; --jp-mirror-editor-operator-color: #8a1ed1;
   --jp-mirror-editor-number-color: #007000}
+[id] {scroll-margin-top: .75em;}
 nav.course {display: flex; flex-wrap: wrap; gap: 0 1em; padding: .6em 1em; border-bottom: 1px solid var(--jp-border-color1);
   font: 15px/1.8 system-ui, sans-serif}
 nav.course a {color: var(--jp-content-link-color); text-decoration: none}

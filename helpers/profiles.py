@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "COURSE_PROFILE"
+RUNS = Path(os.environ.get("COURSE_RUNS") or ROOT / "runs")  # where the notebooks' runs are kept: a mounted Drive, say
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Profile:
     omit: float = 0.2  # share of replies without a length modifier
     long_stories: str = "drop"  # of a story beyond the context: "drop" the first turns, or "split" it into several samples
     gradient_checkpointing: bool = True
-    save_steps: int = 50
+    save_steps: int = 4  # on a large model a step takes minutes, and a borrowed machine can vanish
     stories: str = "data_samples/stories"  # or "generated:<number>" for the tiny profile's generator
     seed: int = 42
     reasons: tuple[str, ...] = field(default=())
@@ -56,6 +57,10 @@ class Profile:
         return str(local) if local.is_dir() else self.base
 
 
+FEW = (
+    "the sample stories make about a dozen steps of this size, most of them warm-up: enough to see all of it run. "
+    "For a model that has learned something, bring your own stories"
+)
 _CARD = Profile(
     name="a100-80",
     base="mistralai/Mixtral-8x7B-v0.1",
@@ -66,7 +71,7 @@ _CARD = Profile(
     accumulation=2,
     learning_rate=1e-4,
     epochs=3,
-    reasons=("the card's recipe: 4 x 2 rows of 10k tokens, learning rate 1e-4, cosine, 10 warm-up steps, 3 epochs, seed 42",),
+    reasons=("the card's recipe: 4 x 2 rows of 10k tokens, learning rate 1e-4, cosine, 10 warm-up steps, 3 epochs, seed 42", FEW),
 )
 
 PROFILES: dict[str, Profile] = {
@@ -117,6 +122,7 @@ PROFILES: dict[str, Profile] = {
                 "fp16: compute capability 7.5 has no bf16",
                 "2k context with 40 accumulation steps: the card's 81,920 tokens a step in small bites",
                 "stories beyond the context are split, each part with its instruction block: no reply is lost",
+                FEW,
             ),
         ),
         Profile(
@@ -134,6 +140,7 @@ PROFILES: dict[str, Profile] = {
                 "OLMoE's whole 4k context",
                 "2 x 10 rows of 4k: the card's 81,920 tokens a step",
                 "stories beyond the context are split, each part with its instruction block: no reply is lost",
+                FEW,
             ),
         ),
         replace(
@@ -142,7 +149,7 @@ PROFILES: dict[str, Profile] = {
             memory_gib=37,
             micro_batch=1,
             accumulation=8,
-            reasons=("the card's recipe with micro-batch 1 x accumulation 8: the same 81,920 tokens a step in 40 GB",),
+            reasons=("the card's recipe with micro-batch 1 x accumulation 8: the same 81,920 tokens a step in 40 GB", FEW),
         ),
         _CARD,
     )
@@ -162,6 +169,7 @@ def choose(name: str | None = None) -> tuple[Profile, str]:
         return PROFILES["tiny"], "no CUDA GPU"
     gib = torch.cuda.mem_get_info()[1] / 2**30
     capability = torch.cuda.get_device_capability()
-    fitting = [p for p in PROFILES.values() if p.memory_gib <= gib and (p.dtype != "bfloat16" or capability >= (8, 0))]
+    oldest = {"float32": (0, 0), "float16": (7, 5), "bfloat16": (8, 0)}  # what torch still has kernels for, and what is fast
+    fitting = [p for p in PROFILES.values() if p.memory_gib <= gib and capability >= oldest[p.dtype]]
     best = max(fitting, key=lambda p: p.memory_gib)
     return best, f"{gib:.1f} GiB of GPU memory, compute capability {capability[0]}.{capability[1]}"

@@ -16,10 +16,12 @@ from typing import Any
 
 import yaml
 
+from helpers.environment import host_memory_gib
 from helpers.interchange import axolotl_config, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
 from helpers.model_card import evaluations, write_model_card
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE
+from helpers.quantization import audit
 from helpers.training import load_result, profile_of, write_json
 
 __all__ = ["TARGETS", "bundle", "checksums", "evaluations", "export", "merge_run", "push_to_hub", "write_model_card"]
@@ -72,14 +74,33 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def merge_run(run_dir: str | Path, folder: str | Path | None = None, max_shard_bytes: int = 5 * 10**9) -> Path:
-    """Base and adapter as one plain bf16 checkpoint, shard by shard, with tokenizer, chat template and checksums."""
+def no_room_for_merged(model, folder: str | Path, memory: bool = True) -> str | None:
+    """Why a model, merged into plain bf16 weights, would not fit here, or None: on disk, and (`memory`) loaded into the host."""
+    needed = 2 * sum(part.weights for name, part in audit(model).parts.items() if name != "adapters") / 2**30
+    disk, host = shutil.disk_usage(folder).free / 2**30, host_memory_gib() if memory else None
+    if needed * 1.1 > disk:
+        return f"merged, it takes {needed:.1f} GiB of disk, and {disk:.1f} GiB are free"
+    if host and needed * 1.3 > host:
+        return f"merged, it takes {needed:.1f} GiB of memory and something to work with, and this machine has {host:.1f} GiB"
+    return None
+
+
+def merge_run(
+    run_dir: str | Path, folder: str | Path | None = None, max_shard_bytes: int = 5 * 10**9, loaded: tuple | None = None
+) -> Path:
+    """Base and adapter as one plain bf16 checkpoint, shard by shard, with tokenizer, chat template and checksums.
+
+    `loaded`: (model, tokenizer) of the run, if they are at hand; a GPU may have no room for a second one. OSError if the disk
+    is too small.
+    """
     from helpers.experiment import load_run
     from helpers.merged import save_merged
 
     run_dir = Path(run_dir)
     folder = Path(folder) if folder else run_dir / "merged"
-    _, model, tokenizer = load_run(run_dir)
+    model, tokenizer = loaded or load_run(run_dir)[1:]
+    if problem := no_room_for_merged(model, run_dir, memory=False):
+        raise OSError(f"{folder} cannot be written: {problem}")
     save_merged(model, folder, max_shard_bytes=max_shard_bytes)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -122,10 +122,20 @@ def train(
         return run
     while True:
         try:
-            return run.sitting(progress, log_every, stop_after, held_out, callbacks)
+            result = run.sitting(progress, log_every, stop_after, held_out, callbacks)
         except torch.OutOfMemoryError as error:
             problem = str(error)
+        else:
+            free()  # what comes next is often the same model once more
+            return result
         run.out_of_memory(problem, shrink)  # here the failed sitting's tensors are no longer held by the exception
+
+
+def free() -> None:
+    """Give back what only reference cycles keep: a trainer, its callbacks and its model know each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -180,9 +190,7 @@ class _Run:
 
     def out_of_memory(self, problem: str, shrink: bool) -> None:
         """Halve the micro-batch, or raise with advice."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free()
         p = self.profile
         first = problem.splitlines()[0] if problem else "out of memory"
         alone = accelerate.PartialState().num_processes == 1  # of several, the others would wait for this one

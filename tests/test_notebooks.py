@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -144,3 +146,28 @@ def test_it_opens_with_a_picture_of_what_it_builds(notebook):
 
 def test_there_are_eighteen_exercises_in_all():
     assert sum(len(exercises(nbformat.read(path, as_version=4))) for path in PATHS.values()) >= 18
+
+
+@pytest.mark.parametrize("name", ["03_zloss_moe_patch", "04_qlora_training"])
+def test_4_bit_models_of_the_lesson_are_loaded_where_its_tensors_are(name):
+    """On a machine with a GPU, bitsandbytes' models go there unless told otherwise; what the cells compute with is on the CPU."""
+    cells = [c.source for c in code_cells(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))]
+    loads = [m for source in cells for m in re.findall(r"(?:load_4bit|from_pretrained)\((?:[^()]|\([^()]*\))*\)", source)]
+    quantised = [call for call in loads if call.startswith("load_4bit") or "quantization_config" in call]
+    assert len(quantised) >= 3
+    assert [call for call in quantised if 'device_map="cpu"' not in call] == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 18, 161])
+def test_the_first_and_last_rows_of_a_log_are_compared_however_short_it_is(rows):
+    """A run on a GPU profile makes a dozen steps, not 1,600."""
+    (cell,) = [c.source for c in code_cells(nbformat.read(ROOT / "notebooks/04_qlora_training.ipynb", 4)) if "few = " in c.source]
+    keys = ("loss", "grad_norm", "router/z", "router/entropy", "router/balance")
+    history = [dict.fromkeys(keys, 9.0 - n / 100) for n in range(rows)]
+    namespace = {"result": SimpleNamespace(history=history), "statistics": statistics}
+    if rows == 1:  # nothing to compare
+        with pytest.raises(AssertionError, match="the loss did not fall"):
+            exec(cell, namespace)
+    else:
+        exec(cell, namespace)
+        assert namespace["last"]["loss"] < namespace["first"]["loss"]

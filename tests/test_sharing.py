@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import pytest
 
@@ -240,3 +241,17 @@ def test_a_windows_path_is_found_in_every_spelling(text, tmp_path, monkeypatch):
     file.write_text(text)
     with pytest.raises(ValueError, match="holds the path"):
         sharing._refuse_paths(file)
+
+
+def test_a_model_that_would_not_fit_is_not_merged(run, monkeypatch):
+    """Mixtral takes 87 GiB; a disk that is full in the middle, or a child that is killed, would say less."""
+    from helpers.experiment import load_run
+
+    _, model, tokenizer = load_run(run)
+    assert sharing.no_room_for_merged(model, run) is None
+    monkeypatch.setattr(sharing, "host_memory_gib", lambda: 0.004)
+    assert "this machine has 0.0 GiB" in sharing.no_room_for_merged(model, run)
+    assert sharing.no_room_for_merged(model, run, memory=False) is None
+    monkeypatch.setattr(sharing.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    with pytest.raises(OSError, match=r"GiB of disk, and 0\.0 GiB are free"):
+        sharing.merge_run(run, loaded=(model, tokenizer))

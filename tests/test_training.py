@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from helpers import training
+from helpers import profiles, training
 from helpers.data import build_corpus, labelled_stories
 from helpers.profiles import PROFILES
 from helpers.router_losses import attach_router_losses
@@ -160,3 +161,29 @@ def test_the_model_that_is_trained_on_is_not_the_plain_one(tokenizer):
     ids = torch.arange(3, 23).view(1, 20)
     with torch.no_grad(), model.disable_adapter():
         assert (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
+
+
+def test_nothing_of_a_finished_run_is_kept_alive(tmp_path):
+    """On a GPU the same model is often loaded next, and two of them may not fit."""
+    models = []
+
+    class Remember(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            models.append(weakref.ref(model))
+
+    run(tmp_path, dataclasses.replace(TINY, max_steps=2), callbacks=[Remember()])
+    assert [m() for m in models] == [None]
+
+
+@pytest.mark.parametrize(
+    ("gib", "capability", "wanted"),
+    [(15.9, (6, 0), "tiny"), (14.7, (7, 5), "t4"), (31.7, (7, 0), "tiny"), (22.2, (8, 9), "l4"), (39.6, (8, 0), "a100-40"),
+     (79.3, (8, 0), "a100-80"), (79.3, (7, 5), "t4"), (6.0, (8, 6), "tiny")],
+)  # fmt: skip
+def test_the_profile_is_chosen_by_memory_and_by_what_the_gpu_can_compute(gib, capability, wanted, monkeypatch):
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gib * 2**30)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    profile, why = profiles.choose()
+    assert profile.name == wanted and f"{capability[0]}.{capability[1]}" in why

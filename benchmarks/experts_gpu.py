@@ -45,7 +45,7 @@ NEEDED = ("torch", "numpy", "yaml", "safetensors", "transformers", "peft", "acce
 if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     sys.exit(f"missing here: {', '.join(absent)}. Install them first; without a network, from wheels that you bring along")
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of several lengths would leave gaps
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows of several lengths would leave gaps
 
 import torch
 from torch import nn

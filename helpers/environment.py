@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")  # those that decide about results
 DOWNLOAD_GIB = {"allenai/OLMoE-1B-7B-0924": 13, "mistralai/Mixtral-8x7B-v0.1": 87}  # parameters x 2 bytes
-if sys.platform == "linux":  # rows of several lengths leave gaps in a GPU's memory; read when torch first asks it for some
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    # Rows of several lengths leave gaps in a GPU's memory. It is read when torch first asks for some.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 INSTALL = "python -m pip install -r requirements.txt -c constraints.txt   (in a checkout: make setup)"
 
 

@@ -43,8 +43,9 @@ class Rehearsal:
     def __str__(self) -> str:
         gib = {name: getattr(self, name) / budget.GIB for name in ("peak", "weights", "gradients", "activations")}
         return (
-            f"rehearsed, {self.rows} x {self.tokens:,} tokens: {gib['peak']:.2f} GiB (weights and adapters {gib['weights']:.2f}, "
-            f"gradients and moments {gib['gradients']:.2f}, all other tensors of a step {gib['activations']:.2f})"
+            f"rehearsed, {self.rows} x {self.tokens:,} tokens: {gib['peak']:.2f} GiB at the peak: weights and adapters\n"
+            f"{gib['weights']:.2f}, gradients and moments {gib['gradients']:.2f}, "
+            f"other tensors of a step {gib['activations']:.2f}"
         )
 
 

@@ -122,7 +122,7 @@ def _rehearse(profile, changes: dict) -> int:
     checkpointing = changes.pop("checkpointing")
     if checkpointing is not None:
         profile = dataclasses.replace(profile, gradient_checkpointing=checkpointing)
-    print("running the step without storage: a quarter of a minute for Mixtral, half a minute for OLMoE …", flush=True)
+    print("running the step on tensors without storage: less than a minute …", flush=True)
     print(rehearsal.rehearse(profile, **changes))
     guess = budget.estimate(profile, **changes)
     print(f"estimated: {guess.peak / budget.GIB:.2f} GiB")

@@ -2,8 +2,8 @@
 
 Stories that share a row must not see each other. transformers says so to SDPA with a mask of rows × tokens² entries; then the
 flash kernel cannot be used, and what the mask forbids is computed all the same. "sdpa_documents", registered here, calls SDPA
-once for each document instead: causal, without a mask, through the fastest kernel that torch has on the device. Four documents
-in a row are a quarter of the products. Results are equal; so are those of flex_attention and of the package flash-attn.
+once for each document instead: causal, without a mask, through the fastest kernel that torch has on the device. Four equal
+documents in a row are a quarter of the products. Results are equal; so are those of flex_attention and of the package flash-attn.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Profile:
 
 
 FEW = (
-    "the sample stories make about a dozen steps of this size, most of them warm-up: enough to see all of it run. "
+    "the sample stories make one or two dozen steps of this size, a good part of them warm-up: enough to see all of it run. "
     "For a model that has learned something, bring your own stories"
 )
 _CARD = Profile(

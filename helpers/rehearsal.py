@@ -87,7 +87,7 @@ def rehearse(
 ) -> Rehearsal:
     """Run the second micro-batch of an accumulated step of a profile, or of another model (`config`) with its adapters.
 
-    Raises whatever the step raises. Takes a second for three layers of Mixtral, or for one of OLMoE.
+    Raises whatever the step raises.
     """
     rows, tokens = micro_batch or profile.micro_batch, context or profile.context
     dtype = getattr(torch, profile.dtype)

@@ -254,7 +254,8 @@ class _Run:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         labelled = held_out_stories(profile) if held_out is None else list(held_out)
         measure = HeldOutLoss(labelled, tokenizer, profile.context, pad, self.micro_batch) if labelled else None
-        log = Log(run_dir, handle, progress, measure, profile.save_steps)
+        # With every checkpoint, but in a long run about ten times: it costs as much as some training does.
+        log = Log(run_dir, handle, progress, measure, max(profile.save_steps, self.steps // 10))
         if checkpoint is not None:
             log.restored = json.loads((checkpoint / resume.PROGRESS).read_text(encoding="utf-8"))
         keeper = resume.Checkpoints(run_dir, self.wanted, log)

@@ -128,7 +128,8 @@ def test_a_changed_document_changes_itself_alone(base, batch, name):
     difference = (logits(base, name, batch) - logits(base, name, changed)).abs().amax(-1)
     assert (difference[0, start:end] > 1e-6).float().mean() > 0.9, "what follows in the document notices"
     difference[0, start:end] = 0
-    assert difference.max() < 1e-5
+    # on a GPU, experts with other numbers of rows may take other kernels
+    assert difference.max() < (1e-6 if DEVICE == "cpu" else 1e-5)
 
 
 def test_flash_attention_without_bounds_would_mix_documents():

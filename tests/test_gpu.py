@@ -1,6 +1,6 @@
-"""The same numbers on a GPU as on the CPU. Each test runs on the CPU against itself, too, so that the tests are known to work.
+"""The same numbers on a GPU as on the CPU: `COURSE_TEST_GPU=1 pytest tests/test_gpu.py`.
 
-`COURSE_TEST_GPU=1 pytest tests/test_gpu.py`
+What compares a precision with another one, or a run with what must come of it, runs on the CPU, too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests import small_runs
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU, or COURSE_TEST_GPU is not set")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+HERE = "cuda" if GPU else "cpu"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_codes_of_a_stack_are_the_same(device):
+@needs_gpu
+def test_the_codes_of_a_stack_are_the_same():
     weight = torch.randn(4, 128, 256, generator=torch.Generator().manual_seed(0))
-    here, there = experts.quantize_stack(weight), experts.quantize_stack(weight.to(device))
+    here, there = experts.quantize_stack(weight), experts.quantize_stack(weight.to("cuda"))
     assert (here.data == there.data.cpu()).float().mean() > 0.999, "but for ties"
     gap = (experts.dequantize_stack(here) - experts.dequantize_stack(there).cpu()).abs().flatten()
     assert gap.quantile(0.99) < 0.05, "what is left are scales that were rounded the other way"
@@ -51,12 +51,14 @@ def layer_and_inputs(device: str, dtype: torch.dtype, tokens: int = 300):
     return layer, x, index, weight, [p for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
-def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(device, dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [pytest.param(torch.float32, 2e-3, marks=needs_gpu), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)],
+)
+def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype, tolerance):
     """fp32 with room for TF32."""
     found = []
-    for where, kind in (("cpu", torch.float32), (device, dtype)):
+    for where, kind in (("cpu", torch.float32), (HERE, dtype)):
         layer, x, index, weight, adapters = layer_and_inputs(where, kind)
         out = layer(x, index, weight)
         out.float().square().sum().backward()
@@ -65,22 +67,20 @@ def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(devic
         assert (got - wanted).norm() < tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_run_has_the_losses_of_the_cpu(device, tmp_path):
-    """Whole steps: data, 4-bit model, adapters, router losses, Adam. On a GPU the run takes it by itself."""
+def test_a_run_takes_the_gpu_by_itself_and_learns(tmp_path):
+    """Whole steps: data, 4-bit model, adapters, router losses, Adam."""
     base = small_runs.make_base(tmp_path / "base")
     result = small_runs.train(base, tmp_path / "run", small_runs.small_profile(base, lora_dropout=0.0), log_every=1)
     where = {p.device.type for p in training.prepare_model(small_runs.small_profile(base)).parameters()}
-    assert where == {"cuda" if GPU else "cpu"}
+    assert where == {HERE}
     losses = [row["loss"] for row in result.history]
     assert losses[-1] < losses[0] and all(row["router/z"] > 0 for row in result.history)
     # 7.7 is ln(2,304), what a model that knows nothing begins with
     assert abs(losses[0] - 7.7) < 0.3
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_in_half_precision_ends_where_fp32_does(device, dtype, tmp_path):
+def test_a_run_in_half_precision_ends_where_fp32_does(dtype, tmp_path):
     """On a GPU, with autocast and, for fp16, its gradient scaler; on the CPU the model's own dtype."""
     base = small_runs.make_base(tmp_path / "base")
     ends = []
@@ -90,12 +90,12 @@ def test_a_run_in_half_precision_ends_where_fp32_does(device, dtype, tmp_path):
     assert abs(ends[1] / ends[0] - 1) < 2e-2
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_greedy_replies_begin_as_on_the_cpu(device, tokenizer):
+@needs_gpu
+def test_greedy_replies_begin_as_on_the_cpu(tokenizer):
     story, _ = labelled_story(7)
     prompts = [Prompt.of(story.before_reply(0), tokenizer, length) for length in ("tiny", "medium")]
     texts = []
-    for where in ("cpu", device):
+    for where in ("cpu", "cuda"):
         model = load_4bit(PROFILES["tiny"].base_path, dtype="float32", device_map="cpu").to(where)
         texts.append([r.text for r in generate_replies(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=8))])
     assert texts[0] == texts[1] and all(texts[0])

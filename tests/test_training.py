@@ -187,3 +187,13 @@ def test_the_profile_is_chosen_by_memory_and_by_what_the_gpu_can_compute(gib, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     profile, why = profiles.choose()
     assert profile.name == wanted and f"{capability[0]}.{capability[1]}" in why
+
+
+@pytest.mark.parametrize("name", ["t4", "l4", "a100-80"])
+def test_the_sample_stories_make_the_few_steps_that_the_profile_speaks_of(name, tokenizer, tmp_path):
+    """One or two dozen, a good part of them warm-up: by the tiny tokenizer, which needs more tokens than a large model's."""
+    profile = PROFILES[name]
+    corpus = build_corpus(labelled_stories(profile), tokenizer, profile.context, long=profile.long_stories)
+    steps = training._Run(profile, tmp_path, corpus, tokenizer, {}, "", profile.micro_batch).steps
+    assert profiles.FEW in profile.reasons and 10 <= steps <= 24 and profile.warmup_steps > 0.4 * steps
+    assert profile.save_steps < steps / 3, "a machine that vanishes must not take all of them with it"

@@ -8,7 +8,8 @@ forward, recomputation, backward and Adam. The share is
 
     FLOPs of the step / (time · FLOP/s of a large bf16 matrix product, measured on the same GPU in the same process)
 
-with FLOPs counted from the shapes: 2 for each weight and token in the forward pass, 2 again in the recomputation, 2 for the
+with FLOPs counted from the shapes: 2 for each weight and token in the forward pass, 2 again in the recomputation (which ends
+before the experts' down projection), 2 for the
 gradient of the inputs, 2 more for the gradient of LoRA weights, and attention. The cases, most important first:
 
 ceiling     the matrix product
@@ -94,8 +95,10 @@ def flops(config, tokens: int, row: int, rank: int, checkpointing: bool = True) 
     }
     lora = layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + (h + e) + k * (h + 2 * i + i + h))
     passes = 2 * (3 if checkpointing else 2)  # forward, recomputation, gradient of the inputs
+    spared = 2 * layers * k if checkpointing else 0  # the recomputation ends before the experts' down projection
     found = {name: float(passes * weights * tokens) for name, weights in frozen.items()}
-    found["adapters"] = float((passes + 2) * lora * tokens)  # and the gradient of their weights
+    found["experts"] -= float(spared * h * i * tokens)
+    found["adapters"] = float(((passes + 2) * lora - spared * rank * (h + i)) * tokens)  # and the gradient of their weights
     # scores and their product with the values: 2 · 2 · row · q a token forward, half of it masked; backward is 2.5 times that
     found["attention scores"] = float(layers * tokens * 2 * row * q * ((2 if checkpointing else 1) + 2.5))
     found["head"] = float(2 * 2 * h * v * tokens)  # forward and the gradient of the hidden states, in one go

@@ -145,15 +145,15 @@ def outcome(results: dict, old: str) -> str:
         f"conversation ({d['replies']}), **{b['spearman']:+.2f}** for the untouched base model. {a['within_one']:.0%} of replies "
         "are within one class of the one asked for.",
         f"* {experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales.",
-        f"* The run: {training['steps']} steps in {took:.1f} minutes, {training['tokens_per_second']:,} tokens/s.",
+        f"* The run: {training['steps']:,} steps in {took:.1f} minutes, {training['tokens_per_second']:,} tokens/s.",
     ]
     data = json.loads((RESULTS.parent / "format-cpu.json").read_text(encoding="utf-8"))
     made, seconds, memory = data["result"], data["seconds"]["all"], data["peak memory, GB"]
     padded, packed = made["waste: padded to the longest"], made["waste: packed"]
     lines += [
-        f"* Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens are read, labelled, formatted, "
-        f"tokenised and packed in {seconds:.0f} s with {memory:.2f} GB of memory ({data['hardware']['cores']} cores), "
-        f"{packed:.1%} of the packed places empty; padded to the longest {padded:.0%} (`benchmarks/format.py`).",
+        f"* Data: {made['stories']:,} stories of {made['tokens'] / made['stories']:,.0f} tokens each are read, labelled, "
+        f"formatted, tokenised and packed in {seconds:.0f} s with {memory:.2f} GB of memory ({data['hardware']['cores']} cores), "
+        f"{packed:.1%} of the packed rows is empty; padded to the longest story, {padded:.0%} would be (`benchmarks/format.py`).",
         *peers(),
         "",
         f"Made on {results['date']} on {machine['cores']} cores ({machine['name']}), without a GPU, with {versions}.",
@@ -181,10 +181,10 @@ def peers() -> list[str]:
     batched = max(sampling["ways"].values(), key=lambda way: way["tokens a second"])
     return [
         f"* The router losses take at most {share:.2%} of a training step (`benchmarks/router_losses.py`).",
-        f"* Sampling in batches makes {batched['times the library one by one']:.0f} times as many tokens a processor second as "
+        f"* Sampling in batches makes {batched['times the library one by one']:.0f} times as many tokens per CPU second as "
         "transformers' `generate` one by one (`benchmarks/generation.py`).",
         "* Spearman at the first reply, 40 conversations (`benchmarks/length_control.py`): "
-        + ", ".join(f"{name} {value:+.2f}" for name, value in rho.items())
+        + ", ".join(f"{name} {round(value, 2) + 0.0:+.2f}" for name, value in rho.items())
         + ".",
         "",
         "Against other ways to train the same 4-bit experts, on CPU, we need this share of their time and memory:",

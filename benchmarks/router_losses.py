@@ -112,14 +112,19 @@ def one_router(model, inputs: dict, repeats: int = 400) -> float:
     hidden.requires_grad_()
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * repeats):
-        handle._paused, handle._passes = turn % 2 == 0, turn  # as if a model had begun a pass, in evaluation or training
+        training = turn % 2 == 1
+        model.train(training)
+        handle._enter(model, (), {})  # as if the model had begun a pass, in evaluation or training
+        router.train()
         if hidden.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
         router(hidden)[1].sum().backward()
         if hidden.is_cuda:
             torch.cuda.synchronize()
-        seconds[not handle._paused].append(time.perf_counter() - started)
+        seconds[training].append(time.perf_counter() - started)
+        handle._leave(model)
+    model.train()
     handle.remove()
     return statistics.median(seconds[True]) - statistics.median(seconds[False])
 

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
+
+ATTENTIONS = ("sdpa_documents", "sdpa", "eager", "flex_attention", "flash_attention_2")
+
+
+def _number(kind: type, least: float, above: bool = False, most: float = math.inf):
+    """An argument's type: a finite number within bounds, so that a wrong one is answered at once and by its name."""
+    bound = f"above {least:g}" if above else f"of at least {least:g}"
+    what = f"{'a whole number' if kind is int else 'a number'} {bound}" + (f" and at most {most:,}" if most < math.inf else "")
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least) or value > most:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {what}")
+        return value
+
+    return read
+
+
+_count, _positive, _amount = _number(int, 1), _number(float, 0, above=True), _number(float, 0)
+_seed = _number(int, 0, most=2**32 - 1)
+
+
+def _lines_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".jsonl":
+        raise argparse.ArgumentTypeError(f"{text!r}: rows are written as JSON lines, into a file whose name ends with .jsonl")
+    return path
 
 
 def _doctor(_options) -> int:
@@ -47,9 +78,10 @@ def _stories(options) -> int:
     from helpers import data_card, environment
     from helpers.data import labelled_stories
     from helpers.profiles import choose
-    from helpers.stories import StoryError, load_stories, save_stories
+    from helpers.stories import StoryError, duplicates, load_stories, save_stories
 
     environment.quiet()
+    _check_outputs(options)
     problems: list[StoryError] = []
     stories = load_stories(options.path, problems)
     for problem in problems:
@@ -57,6 +89,8 @@ def _stories(options) -> int:
     for story in stories:
         for repair in story.repairs:
             print(f"repaired: {story.source}: {repair}", file=sys.stderr)
+    for text in duplicates(stories):
+        print(f"twice: {text}", file=sys.stderr)
     if not stories:
         return 2
     name = "mixtral" if options.tokenizer is None and options.card else options.tokenizer
@@ -76,21 +110,47 @@ def _stories(options) -> int:
         if options.trl:
             _write_lines(options.trl, interchange.trl_rows(labelled), json.dumps)
         if options.axolotl:
-            import yaml
-
             tokenizer = tokenizer or data_card.load_tokenizer(profile.base_path)
-            _write_lines(options.axolotl, interchange.axolotl_rows(labelled, tokenizer), json.dumps)
-            config = interchange.axolotl_config(profile, options.axolotl.name)
-            options.axolotl.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-            print(options.axolotl.with_suffix(".yaml"))
+            rows = interchange.axolotl_rows(labelled, tokenizer, profile.context, profile.long_stories)
+            _write_lines(options.axolotl, rows, json.dumps)
+            config = interchange.axolotl_yaml(profile, options.axolotl.name)
+            _write(options.axolotl.with_suffix(".yaml"), [config])
     return 1 if problems else 0
 
 
+def _check_outputs(options) -> None:
+    """ValueError, before anything is written, for an output that would replace a story, another output, or a file not ours."""
+    named = {"--card": options.card, "--jsonl": options.jsonl, "--trl": options.trl, "--axolotl": options.axolotl}
+    outputs = {option: file for option, file in named.items() if file}
+    config = options.axolotl.with_suffix(".yaml") if options.axolotl else None
+    if config:
+        outputs["--axolotl (its configuration)"] = config
+    home, written = options.path.resolve(), {}
+    for option, file in outputs.items():
+        place = file.resolve()
+        if place == home or (file.exists() and options.path.exists() and file.samefile(options.path)):
+            raise ValueError(f"{option} {file} is the file that the stories are read from: write into another one")
+        if option != "--card" and options.path.is_dir() and home in place.parents:
+            raise ValueError(f"{option} {file} lies in the folder of the stories, and would be read as one: write elsewhere")
+        if place in written:
+            raise ValueError(f"{option} and {written[place]} would both write {file}: give each a file of its own")
+        written[place] = option
+    if config and config.exists() and "base_model:" not in config.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"--axolotl would write its configuration into {config}, which is there and is none: choose another name for the rows"
+        )
+
+
 def _write_lines(file: Path, rows, dumps) -> None:
+    _write(file, (dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(file: Path, lines) -> None:
+    """Atomic."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     with part.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        out.writelines(lines)
     part.replace(file)
     print(file)
 
@@ -115,17 +175,21 @@ def _budget(options) -> int:
 
 
 def _rehearse(profile, changes: dict) -> int:
-    import dataclasses
-
     from helpers import budget, rehearsal
 
     checkpointing = changes.pop("checkpointing")
     if checkpointing is not None:
         profile = dataclasses.replace(profile, gradient_checkpointing=checkpointing)
     print("running the step on tensors without storage: less than a minute …", flush=True)
-    print(rehearsal.rehearse(profile, **changes))
+    found = rehearsal.rehearse(profile, **changes)
+    print(found)
     guess = budget.estimate(profile, **changes)
     print(f"estimated: {guess.peak / budget.GIB:.2f} GiB")
+    if profile.dtype != "float32":  # whose speed the data sheets of these GPUs do not tell
+        print(f"its {found.kernels.total():,} kernels, each at the data sheet's speed, of {found.flops / 1e12:,.0f} TFLOP:")
+        known = [gpu for gpu in rehearsal.SPEEDS if (gpu, profile.dtype) != ("T4", "bfloat16")]
+        fitting = [gpu for gpu in known if budget.GPUS.get(gpu, math.inf) * budget.GIB > found.peak]
+        print("\n".join(f"  {found.bound(gpu)}" for gpu in fitting))
     return 0
 
 
@@ -133,24 +197,52 @@ def _train(options) -> int:
     from helpers.profiles import choose
 
     profile, why = choose(options.profile)  # before the slow imports: a wrong name is answered at once
-    from helpers import environment, training
-    from helpers.stories import load_stories
+    from helpers import environment
 
     environment.quiet()
-    changed = ("max_steps", "seed", "z_coef", "base", "micro_batch", "accumulation")
-    profile = dataclasses.replace(profile, **{k: v for k in changed if (v := getattr(options, k)) is not None})
-    say = print if os.environ.get("RANK", "0") == "0" else lambda _text: None  # of several processes, one speaks
+    from helpers import training
+    from helpers.stories import StoryError, duplicates, load_stories
+
+    changes = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    if options.epochs is not None:
+        changes["max_steps"] = -1  # a profile's number of steps would win
+    profile = dataclasses.replace(profile, **changes)
+    if not Path(profile.base_path).is_dir() and (profile.base.count("/") > 1 or profile.base.startswith((".", "/", "~"))):
+        raise ValueError(f"--base {profile.base}: there is no such folder, and a Hub id has the form name/model")
+
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(text, flush=True)
+
     say(f"profile {profile.name} ({why}), base {profile.base}")
     for reason in profile.reasons:
         say(f"  - {reason}")
+    if not options.anyway:
+        _check_machine(profile, options)
     stories = None
-    if options.stories:
-        problems = [] if options.skip_bad_stories else None
-        stories = load_stories(options.stories, problems)
-        for problem in problems or ():
-            print(f"left out: {problem}", file=sys.stderr)
-    changes = {"log_every": options.log_every, "shrink": options.shrink, "attention": options.attention}
-    result = training.train(profile, stories, options.output, resume=not options.no_resume, **changes)
+    try:
+        if options.stories:
+            problems = [] if options.skip_bad_stories else None
+            stories = load_stories(options.stories, problems)
+            for problem in problems or ():
+                say(f"left out: {problem}")
+            if not stories:
+                raise ValueError(f"no story is left to train on: none in {options.stories} can be read")
+            for text in duplicates(stories):
+                say(f"twice: {text}")
+        result = training.train(
+            profile,
+            stories,
+            options.output,
+            resume=not options.no_resume,
+            log_every=options.log_every,
+            shrink=options.shrink,
+            attention=options.attention,
+            skip_too_long=options.skip_bad_stories,
+            say=say,
+        )
+    except StoryError as error:
+        raise ValueError(f"{error}\n(--skip-bad-stories leaves out such stories, --context N changes the length)") from error
     if not result.finished:
         say(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
         return 130
@@ -158,21 +250,40 @@ def _train(options) -> int:
     return 0
 
 
+_SETTINGS = ("max_steps", "epochs", "seed", "z_coef", "base", "context", "micro_batch", "accumulation", "learning_rate", "lora_r")
+
+
+def _check_machine(profile, options) -> None:
+    """ValueError for what would fail after an hour: a profile for a larger GPU, a disk without room for the run."""
+    from helpers import environment
+
+    anyway = "or say --anyway"
+    short = environment.lacking_memory(profile)
+    if short and options.base is None:  # of another base, the profile's number says nothing
+        raise ValueError(f"profile {profile.name} {short}: leave out --profile for the one that fits here, {anyway}")
+    disk = environment.check_disk(profile, options.output)
+    if not disk.ok:
+        raise OSError(f"not enough room on the disk ({disk.detail}): {disk.todo}, {anyway}")
+
+
 def _evaluate(options) -> int:
     from helpers import environment
 
     environment.quiet()
     from helpers.evaluation import size_of
-    from helpers.experiment import evaluate_run
+    from helpers.experiment import evaluate_run, finished
     from helpers.generation import SAMPLERS, print_progress
-    from helpers.training import load_result, profile_of
 
-    load_result(options.run)  # says what to type if there is no finished run
-    size = size_of(profile_of(options.run))
+    size = size_of(finished(options.run)[1])  # says what to type if there is no finished run
     changes = {k: v for k in ("conversations", "samples", "batch_size") if (v := getattr(options, k)) is not None}
     sampling = dataclasses.replace(SAMPLERS["course"], temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     size = dataclasses.replace(size, **changes)
-    evaluate_run(options.run, size, sampling, options.controls, print_progress)
+    more = {"stories": options.stories, "training_stories": options.training_stories}
+    try:
+        evaluate_run(options.run, size, sampling, options.controls, print_progress, **more)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same evaluate again: it keeps the replies and training steps it has", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -180,26 +291,48 @@ def _chat(options) -> int:
     from helpers import environment
 
     environment.quiet()
-    from helpers.chat import terminal
-    from helpers.evaluation import held_out
+    from helpers.chat import save_transcript, terminal
+    from helpers.evaluation import conversations_of, held_out
     from helpers.experiment import load_run
     from helpers.generation import SAMPLERS
 
-    profile, model, tokenizer = load_run(options.run)
+    own = conversations_of(options.stories) if options.stories else None  # before the model, which may take minutes
     sampling = dataclasses.replace(SAMPLERS["course"], temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    terminal(model, tokenizer, held_out(profile, 6), sampling=sampling)
+    try:
+        profile, model, tokenizer = load_run(options.run)
+    except KeyboardInterrupt:
+        print("\nstopped before the talk began", file=sys.stderr)
+        return 130
+    chat = terminal(model, tokenizer, held_out(profile, 6) if own is None else own, sampling=sampling)
+    if chat.story.messages:
+        try:
+            print(f"the talk is kept in {save_transcript(chat, options.run / 'chats')}")
+        except OSError as error:
+            print(f"{chat.transcript()}\n\nthe talk could not be written to {options.run / 'chats'}: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
 def _share(options) -> int:
-    from helpers import environment, sharing
+    from helpers import environment
 
     environment.quiet()
+    from helpers import sharing
+
+    for name in ("send", "public"):
+        if getattr(options, name) and not options.push:
+            raise ValueError(f"--{name} belongs to --push USER/NAME: without it nothing is uploaded")
     length = None if options.length == "none" else options.length
-    for path in sharing.bundle(options.run, options.dataset or (), options.license, length):
+    targets = [name for part in options.target or () for name in part.split(",")] or sharing.TARGETS
+    sharing.check_request(
+        options.run, targets, options.char, options.user, length, options.base_name, options.merged, options.push
+    )
+    datasets = [name for part in options.dataset or () for name in part.split(",")]
+    names = {"char": options.char, "user": options.user, "base_name": options.base_name}
+    for path in sharing.bundle(options.run, datasets, options.license, length, targets=targets, **names):
         print(path)
-    for target in options.target or sharing.TARGETS:
-        print(sharing.export(options.run, target, options.char, options.user, length))
+    for target in targets:
+        print(sharing.export(options.run, target, length=length, **names))
     if options.merged:
         print(sharing.merge_run(options.run, options.merged))
     if options.push:
@@ -231,16 +364,16 @@ def main(arguments: list[str] | None = None) -> int:
     stories.add_argument("path", type=Path, help="a folder of stories, or one .yaml or .jsonl file")
     stories.add_argument("--tokenizer", help='folder or Hub id, to count tokens; "mixtral" is Mixtral-8x7B\'s own, offline')
     stories.add_argument("--card", type=Path, help="write the statistics into this Markdown file, between its marks")
-    stories.add_argument("--jsonl", type=Path, help="write the stories as JSON lines, cleaned")
-    stories.add_argument("--axolotl", type=Path, help="write rows for Axolotl (.jsonl) and its configuration (.yaml)")
-    stories.add_argument("--trl", type=Path, help="write rows for TRL's SFTTrainer (.jsonl)")
+    stories.add_argument("--jsonl", type=_lines_file, help="write the stories as JSON lines, cleaned")
+    stories.add_argument("--axolotl", type=_lines_file, help="write rows for Axolotl (.jsonl) and its configuration (.yaml)")
+    stories.add_argument("--trl", type=_lines_file, help="write rows for TRL's SFTTrainer (.jsonl)")
     stories.add_argument("--profile", help="whose omission rate, seed and recipe the exports take")
     stories.set_defaults(run_command=_stories)
 
     budget = commands.add_parser("budget", help="memory of a training step by part, and what fits which GPU")
     budget.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits this machine")
-    budget.add_argument("--micro-batch", type=int, help="rows a forward pass; default: the profile's")
-    budget.add_argument("--context", type=int, help="tokens a row; default: the profile's")
+    budget.add_argument("--micro-batch", type=_count, help="rows a forward pass; default: the profile's")
+    budget.add_argument("--context", type=_count, help="tokens a row; default: the profile's")
     budget.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
     budget.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
     budget.add_argument("--rehearse", action="store_true", help="count instead: run the step on tensors without storage")
@@ -250,20 +383,26 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--output", type=Path, required=True, help="run folder; an unfinished run in it is continued")
     train.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits")
     train.add_argument("--stories", type=Path, help="folder of stories, or a .jsonl file; default: the profile's")
-    train.add_argument("--skip-bad-stories", action="store_true", help="leave out stories that cannot be read, and say which")
-    train.add_argument("--base", help="another base model: folder or Hub id")
-    train.add_argument("--max-steps", type=int)
-    train.add_argument("--seed", type=int)
-    train.add_argument("--z-coef", type=float)
-    train.add_argument("--micro-batch", type=int, help="rows in one forward pass of one process")
-    train.add_argument("--accumulation", type=int, help="forward passes of a process for one step; halve it for two GPUs")
     train.add_argument(
-        "--log-every", type=int, help="steps from one row of log.jsonl to the next; default: 10, or 1 in a short run"
+        "--skip-bad-stories", action="store_true", help="leave out stories that cannot be read or are too long, and say which"
+    )
+    train.add_argument("--base", help="another base model: folder or Hub id")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=_count, help="end after this step")
+    length.add_argument("--epochs", type=_positive, help="how often each story is seen, instead of a number of steps")
+    train.add_argument("--context", type=_count, help="tokens in a packed row: the longest story that fits whole")
+    train.add_argument("--learning-rate", type=_positive)
+    train.add_argument("--lora-r", type=_count, help="rank of the adapters; their factor alpha stays the profile's")
+    train.add_argument("--seed", type=_seed)
+    train.add_argument("--z-coef", type=_amount, help="weight of the router z-loss; 0 leaves it out")
+    train.add_argument("--micro-batch", type=_count, help="rows in one forward pass of one process")
+    train.add_argument("--accumulation", type=_count, help="forward passes of a process for one step; halve it for two GPUs")
+    train.add_argument(
+        "--log-every", type=_count, help="steps from one row of log.jsonl to the next; default: 10, or 1 in a short run"
     )
     train.add_argument("--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, twice")
-    train.add_argument(
-        "--attention", help="sdpa_documents, sdpa, eager, flex_attention, flash_attention_2; default: the best here"
-    )
+    train.add_argument("--attention", choices=ATTENTIONS, help="default: the best here")
+    train.add_argument("--anyway", action="store_true", help="although the GPU or the disk is too small for the profile")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)
 
@@ -273,6 +412,10 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--samples", type=int, help="replies a conversation and length (default: by profile)")
     evaluate.add_argument("--batch-size", type=int, help="rows that are sampled at once (default: by profile)")
     evaluate.add_argument("--controls", action="store_true", help="also train and measure an adapter on shuffled labels")
+    evaluate.add_argument("--stories", type=Path, help="conversations to measure: a folder of stories, or a .jsonl file")
+    evaluate.add_argument(
+        "--training-stories", type=Path, help="with --controls: where the stories are that the run was trained on"
+    )
     evaluate.add_argument("--temperature", type=float, default=0.8)
     evaluate.add_argument("--top-p", type=float, default=0.95)
     evaluate.add_argument("--seed", type=int, default=0)
@@ -280,6 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     chat = commands.add_parser("chat", help="talk to a character of a finished run")
     chat.add_argument("run", type=Path)
+    chat.add_argument("--stories", type=Path, help="characters of your own: a folder of stories, or a .jsonl file")
     chat.add_argument("--temperature", type=float, default=0.8)
     chat.add_argument("--top-p", type=float, default=0.95)
     chat.add_argument("--seed", type=int, default=0)
@@ -287,12 +431,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     share = commands.add_parser("share", help="model card, chat template, presets, checksums; upload")
     share.add_argument("run", type=Path)
-    share.add_argument("--target", nargs="*", help="some of the exports; default: all")
+    share.add_argument("--target", action="append", help="only this export (several: a,b or once more); default: all")
     share.add_argument("--char", default="Character", help="the character's name in files for servers that know no names")
     share.add_argument("--user", default="User", help="the user's name in them")
     share.add_argument("--length", default="medium", help="the length that the presets ask for, or none")
     share.add_argument("--merged", type=Path, help="also write base and adapter as one bf16 checkpoint into this folder")
-    share.add_argument("--dataset", nargs="*", help="Hub ids of the training data, for the card")
+    share.add_argument("--base-name", metavar="ORG/NAME", help="the base's Hub id, if it was trained from a folder")
+    share.add_argument("--dataset", action="append", help="Hub id of the training data, for the card (several: a,b or once more)")
     share.add_argument("--license", help="Hub license id, for the card")
     share.add_argument("--push", metavar="USER/NAME", help="list what an upload would send; nothing is sent")
     share.add_argument("--send", action="store_true", help="with --push: send that list and nothing else")
@@ -308,14 +453,32 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; to import torch here would make every command slow
+    except Exception as error:
+        if os.environ.get("COURSE_TRACEBACK") or not _foreseen(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+LIBRARIES = ("httpx", "requests", "urllib3", "huggingface_hub", "safetensors", "tokenizers", "yaml", "bitsandbytes")
+
+
+def _foreseen(error: Exception) -> bool:
+    """Failures that come from outside: of the network, of a file, of a model that a library or an audit refuses."""
+    return isinstance(error, (RuntimeError, ImportError)) or type(error).__module__.split(".")[0] in LIBRARIES
+
+
+def _sentence(error: Exception) -> str:
+    """One line of an error; an OutOfMemoryError of ours says all there is to say, others say where to look."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; to import torch here would make every command slow
+        return str(error)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{first} ({type(error).__name__}; with COURSE_TRACEBACK=1 in the environment, the same command shows where)"
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # into a file or a pipe, Windows would write its old code page
         stream.reconfigure(encoding="utf-8")
+    if sys.stdin is not None and not sys.stdin.isatty():  # and read it; a console is UTF-8 already
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.exit(main())

@@ -9,6 +9,9 @@ writes their factors flattened, in two different orders (E experts, r rank, H hi
     …experts.lora_A.weight             (E·r, I)    down_proj, the outer wrapper
     …experts.lora_B.weight             (H, r·E)
 
+A shared expert's or a dense layer's adapter stays what it is, but PEFT takes a module name like `gate_proj` for that of a single
+expert. In the layout of transformers 5 such layers are therefore named by their parameter (`mlp.shared_expert.gate_proj.weight`).
+
 Gate and up are one matrix in the stack. A pair of old adapters with different A becomes one of twice the rank, with a
 block-diagonal B; a stack's adapter becomes a pair that shares its A. Both are exact, and each undoes the other. Loaded in
 transformers 4, a stack's adapter raises nothing and gives wrong logits: convert it first.
@@ -16,6 +19,7 @@ transformers 4, a stack's adapter raises nothing and gives wrong logits: convert
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +30,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from helpers.qlora import DROPOUT_FILE
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -53,7 +59,8 @@ def to_per_expert(folder: str | Path, out: str | Path, naming: str = "mixtral") 
     """Write a saved adapter (`qlora.save_lora`, stock PEFT) in the naming of transformers 4; returns `out`.
 
     `naming` is one of `NAMINGS`. The product B·A of every expert is the same, bit for bit. For families whose MoE block is called
-    `mlp` in transformers 5. Raises ValueError for an adapter without expert stacks there.
+    `mlp` in transformers 5. The training dropout stays beside the files (see `qlora.save_lora`). Raises ValueError for an adapter
+    without expert stacks there.
     """
     names, config = NAMINGS[naming], _config(folder)
     tensors, stacks = {}, defaultdict(dict)
@@ -83,16 +90,18 @@ def to_per_expert(folder: str | Path, out: str | Path, naming: str = "mixtral") 
     modules = {*(config.target_modules or ()), *([names.down] if "down_proj" in adapted else [])}
     modules |= {names.gate, names.up} if "gate_up_proj" in adapted else set()
     modules |= {ROUTER} if _has_router(tensors, names.block) else set()
+    modules |= {target.removesuffix(".weight").rpartition(".")[2] for target in _linear_parameters(config)}
     config.target_modules, config.target_parameters = sorted(modules), None
     _move_rank(config, ["gate_up_proj"], [names.gate, names.up], 0.5 if halves else 1)
     _move_rank(config, ["down_proj"], [names.down], 1)
-    return _write(config, tensors, out)
+    return _write(config, tensors, out, _dropout(folder, config))
 
 
 def from_per_expert(folder: str | Path, out: str | Path) -> Path:
     """Write an adapter in the naming of transformers 4 (any of `NAMINGS`) as stock PEFT has it on transformers 5.
 
-    Exact: see the module's text. Raises ValueError if experts are missing, or gate without up.
+    Exact: see the module's text. The training dropout is kept beside the files, for `qlora.load_lora(..., trainable=True)`.
+    Raises ValueError if experts are missing, or gate without up.
     """
     config = _config(folder)
     tensors, found = {}, defaultdict(dict)
@@ -134,12 +143,17 @@ def from_per_expert(folder: str | Path, out: str | Path) -> Path:
     if _has_router(tensors, BLOCK):
         parameters.append(f"{BLOCK}.{ROUTER}.weight")
         gone.add(ROUTER)
-    config.target_modules = sorted(set(config.target_modules or ()) - gone)
+    # adapters left on layers of the same names: shared experts and dense layers (the path begins after the layer's number)
+    modules = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key and ".experts." not in key}
+    others = {m for m in modules if m.rpartition(".")[2] in gone and not m.endswith(f".{BLOCK}.{ROUTER}")}
+    parameters += sorted({re.sub(r"^(.*\.\d+|base_model\.model)\.", "", m) + ".weight" for m in others})
+    config.target_modules = sorted(m for m in config.target_modules or () if m.rpartition(".")[2] not in gone)
     config.target_parameters = parameters
     _move_rank(config, [names.gate, names.up], ["gate_up_proj"], 1 if shared else 2)
     _move_rank(config, [names.down], ["down_proj"], 1)
+    dropout = _dropout(folder, config)
     config.lora_dropout = 0.0  # stock PEFT refuses dropout on parameters
-    return _write(config, tensors, out)
+    return _write(config, tensors, out, dropout)
 
 
 def _config(folder: str | Path) -> LoraConfig:
@@ -149,6 +163,17 @@ def _config(folder: str | Path) -> LoraConfig:
     if isinstance(config.target_modules, str):
         raise ValueError(f"{folder}: its target_modules is the pattern {config.target_modules!r}, not a list of names")
     return config
+
+
+def _dropout(folder: str | Path, config: LoraConfig) -> float:
+    """What an adapter was trained with: `save_lora` keeps it beside a configuration that says 0."""
+    kept = Path(folder) / DROPOUT_FILE
+    return json.loads(kept.read_text())["lora_dropout"] if kept.is_file() else config.lora_dropout
+
+
+def _linear_parameters(config: LoraConfig) -> list[str]:
+    """Target parameters that are weights of linear layers, and not a router's or an expert stack's."""
+    return [t for t in config.target_parameters or () if t.endswith(".weight") and t.split(".")[-2] != ROUTER]
 
 
 def _has_router(tensors: dict[str, Tensor], block: str) -> bool:
@@ -197,10 +222,11 @@ def _put(tensors: dict[str, Tensor], name: str, pair: Pair) -> None:
         tensors[f"{name}.lora_{factor}.weight"] = value.contiguous()
 
 
-def _write(config: LoraConfig, tensors: dict[str, Tensor], out: str | Path) -> Path:
+def _write(config: LoraConfig, tensors: dict[str, Tensor], out: str | Path, dropout: float) -> Path:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # cloned: safetensors refuses tensors that share memory, as the common A of gate and up does
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(out))
+    (out / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": dropout}) + "\n")
     return out

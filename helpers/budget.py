@@ -131,7 +131,7 @@ def describe(
         layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=text.vocab_size, experts=count,
         inner=getattr(text, "moe_intermediate_size", None) or text.intermediate_size, top_k=text.num_experts_per_tok,
         queries=heads * head_dim, keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim, heads=heads,
-        rank=r if adapters else 0, adapted=attention, longest=text.max_position_embeddings,
+        rank=r if adapters else 0, adapted=attention, routed=router, longest=text.max_position_embeddings,
         normed=any(name.endswith(("q_norm", "query_layernorm")) for name, _ in model.named_modules()),
     )  # fmt: skip
     return Model(name or text.model_type, weights, adapters, dtype, sizes)
@@ -218,20 +218,33 @@ def _activations(model: Model, rows: int, tokens: int, dropout: float, device: s
     attention = t * (2 * z["queries"] + repeated) * s + 4 * t * z["heads"] + mask + copies + thin
     if z["normed"]:  # queries and keys have norms of their own, which work in fp32 too
         attention += t * (z["queries"] + z["keys"]) * (s + (4 if s < 4 else 0))
-    routing = t * z["experts"] * (s + 8) + 2 * t * k * (8 + 4)
+    # an adapted router works in fp32, and keeps its input for the adapter
+    routing = t * z["experts"] * (s + 8) + 2 * t * k * (8 + 4) + (4 * t * h if z["routed"] and s < 4 else 0)
     factors = 2 * model.adapters // z["layers"] * s if s < 4 else 0  # copies in half precision, and their gradients
     layer_kept = norms + attention + routing + stream + factors + t * k * 2 * inner * s
-    most = min(t, math.ceil(IMBALANCE * t * k / z["experts"]))  # tokens of the fullest expert
-    dropped = 2 * inner + h if dropout else 0  # a mask and a product with it
-    # the gate's backward pass, or the unpacked matrix through which the gradient goes back into the input
-    expert = max(most * (8 * inner + 3 * h + dropped), 2 * inner * h + most * (4 * inner + 2 * h)) * s
+    together, most = _together(t * k, z["experts"], inner, h, device)
+    uneven = 1 + (IMBALANCE - 1) / math.sqrt(together)  # several experts even each other out
+    most = min(t * min(together, k), math.ceil(uneven * most))
+    mask = most * inner if dropout else 0  # a byte each
+    # the gate's backward pass, or the unpacked matrices through which the gradient goes back into the input
+    gate = (8 if dropout else 7) * inner + 2 * h
+    expert = max(most * gate * s, (2 * inner * h * together + most * (2 * inner + 3 * h)) * s) + mask
     scales = 4 * 3 * z["experts"] * inner * h // 64  # of both stacks, for as long as a pass over the experts takes
-    working = expert + scales + 3 * stream + (rows * tokens**2 if masked else 0)
+    working = expert + scales + (2 + k) * stream + (rows * tokens**2 if masked else 0)
     from helpers.losses import CHUNK, FEWEST
 
     chunk = min(t, max(FEWEST, CHUNK.get(device, CHUNK["cuda"]) // z["vocabulary"]))
     head = 2 * stream + chunk * z["vocabulary"] * (2 * 4 + (2 * s if s < 4 else 0))
     return layer_kept, working, head
+
+
+def _together(assignments: int, experts: int, inner: int, hidden: int, device: str) -> tuple[int, int]:
+    """(experts that are handled together, tokens of theirs), as `experts` does it if all experts have as many tokens."""
+    from helpers.experts import GROUP
+
+    each = max(1, assignments // experts)
+    group = max(1, min(experts, GROUP.get(device, 0) // (2 * inner * max(hidden, each))))
+    return group, group * each
 
 
 def suggest(model: Model, gib: float, reserve: float = RESERVE, step: int = 256, **options: Any) -> tuple[int, int] | None:

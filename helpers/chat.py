@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
 
 from helpers.generation import SAMPLERS, Prompt, Sampling, stream_reply
 from helpers.lengths import count_words, rank
@@ -103,20 +108,31 @@ def talk(chat: Chat, text: str, length: str | None = None) -> str:
 COMMANDS = "/length NAME or /length none: ask for another length   /again: another reply   /quit"
 
 
+LISTED = 20  # characters that are introduced; more can be chosen by number
+
+
 def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print, sampling: Sampling | None = None) -> Chat:
-    """Chat at a terminal with a character of your choice; returns the chat when you say /quit or close the input."""
-    for number, story in enumerate(settings, start=1):
+    """Chat at a terminal with a character of your choice; returns the chat when you say /quit or close the input.
+
+    Ctrl-C stops a reply, and keeps what was received of it; where you are asked, it is /quit.
+    """
+    if not settings:
+        raise ValueError("no character to talk to: give at least one story")
+    for number, story in enumerate(settings[:LISTED], start=1):
         write(f"{number}. {story.personas.character}")
+    if len(settings) > LISTED:
+        write(f"… and more, up to {len(settings)}")
     length, chat = "medium", None
     while True:
         try:
             said = ask("talk to number: " if chat is None else f"({length or 'no length'}) you: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            write("")
             said = "/quit"
         if said == "/quit":
             return chat or Chat(model, tokenizer, settings[0], sampling)
         if chat is None:
-            if not said.isdigit() or not 1 <= int(said) <= len(settings):
+            if not said.isdecimal() or not 1 <= int(said) <= len(settings):
                 write(f"a number from 1 to {len(settings)}, please")
                 continue
             chat = Chat(model, tokenizer, settings[int(said) - 1], sampling)
@@ -134,8 +150,23 @@ def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print
                 continue
             pieces = chat.again() if said == "/again" else chat.say(said, length)
             write(f"{chat.story.names.character}: ", end="")
-            for piece in pieces:
-                write(piece, end="", flush=True)
+            with contextlib.closing(pieces):  # stopped, it keeps what came
+                for piece in pieces:
+                    write(piece, end="", flush=True)
             write("\n")
+        except KeyboardInterrupt:
+            write("\n[stopped; what came is kept. /again: another reply, /quit or Ctrl-C: end]")
         except ValueError as error:
             write(f"[{error}]")
+        except torch.OutOfMemoryError as error:
+            first = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
+            write(f"\n[{first}. What came is kept. A shorter /length needs less, and so does a new talk; or end other programs]")
+
+
+def save_transcript(chat: Chat, folder: str | Path) -> Path:
+    """The talk as a text file of its own, named after the time."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{datetime.now():%Y-%m-%d_%H-%M-%S}.txt"
+    file.write_text(f"{chat.introduction()}\n\n{chat.transcript()}\n", encoding="utf-8", newline="\n")
+    return file

@@ -14,7 +14,7 @@ import numpy as np
 from helpers.lengths import label_replies
 from helpers.profiles import ROOT, Profile
 from helpers.prompts import Lengths
-from helpers.stories import Story, load_stories, parse_record
+from helpers.stories import Story, StoryError, StoryErrors, load_stories, parse_record
 from helpers.tokens import encode_all, pack, packed_row
 
 Labelled = tuple[Story, Lengths]
@@ -89,17 +89,45 @@ class Corpus:
 
 
 def build_corpus(
-    labelled: Sequence[Labelled], tokenizer, context: int, loss: str = "replies", eos: str = "turn", long: str = "drop"
+    labelled: Sequence[Labelled],
+    tokenizer,
+    context: int,
+    loss: str = "replies",
+    eos: str = "turn",
+    long: str = "drop",
+    too_long: list[StoryError] | None = None,
 ) -> Corpus:
-    """Encode and pack. Raises ValueError when nothing would be trained. `long`: see `tokens.encode_all`."""
+    """Encode and pack. Raises ValueError when nothing would be trained. `long`: see `tokens.encode_all`.
+
+    Stories of which nothing fits the context: StoryErrors names them all; with a list `too_long`, each is left out and its
+    StoryError is appended.
+    """
     labelled = list(labelled)
-    # A split story becomes several samples; encoded by itself, its samples are known to be its own.
-    groups = [[pair] for pair in labelled] if long == "split" else [labelled]
-    encoded = [[s.compact() for s in encode_all(group, tokenizer, context, loss, eos, long=long)] for group in groups]
-    samples = [sample for group in encoded for sample in group]
-    owners = [k for k, group in enumerate(encoded) for _ in group] if long == "split" else range(len(samples))
+    unfit: dict[int, StoryError] = {}
+    if long == "split":  # a story becomes several samples; encoded by itself, its samples are known to be its own
+        encoded = []
+        for k, pair in enumerate(labelled):
+            found: dict[int, StoryError] = {}
+            encoded.append([s.compact() for s in encode_all([pair], tokenizer, context, loss, eos, long=long, unfit=found)])
+            if found:
+                unfit[k] = found[0]
+        owners = [k for k, group in enumerate(encoded) for _ in group]
+        samples = [sample for group in encoded for sample in group]
+    else:
+        samples = [s.compact() for s in encode_all(labelled, tokenizer, context, loss, eos, long=long, unfit=unfit)]
+        owners = [k for k in range(len(labelled)) if k not in unfit]
+    if unfit and too_long is None:
+        problems = list(unfit.values())
+        if len(problems) == 1:
+            raise problems[0]
+        raise StoryErrors(problems, len(labelled) - len(problems), f"do not fit the context of {context:,} tokens")
+    if unfit:
+        too_long += unfit.values()
     titles = [story.source or " and ".join(story.names) for story, _ in labelled]
     trained = sum(s.trained for s in samples)
+    if not samples:
+        left = f"all {len(labelled)} are longer than the context of {context:,} tokens" if labelled else "none was given"
+        raise ValueError(f"no token carries loss, because no story is left: {left}")
     if not trained:
         raise ValueError("no token carries loss: the stories have no character reply that fits the context")
     bins = pack(samples, context)
@@ -110,7 +138,7 @@ def build_corpus(
     tokens = sum(map(len, samples))
     return Corpus(
         rows=rows,
-        stories=len(labelled),
+        stories=len(labelled) - len(unfit),
         samples=len(samples),
         tokens=tokens,
         trained=trained,

@@ -85,11 +85,15 @@ def check_profile() -> Check:
         profile, why = profiles.choose()
     except ValueError as error:
         return Check("profile", False, str(error), todo)
-    here = gpu_memory_gib() or 0.0
-    if profile.memory_gib > here:
-        detail = f"{profile.name} ({why}) is meant for {profile.memory_gib:.0f} GiB of GPU memory, here are {here:.1f}"
-        return Check("profile", False, detail, todo)
+    if short := lacking_memory(profile):
+        return Check("profile", False, f"{profile.name} ({why}) {short}", todo)
     return Check("profile", True, f"{profile.name} ({why})")
+
+
+def lacking_memory(profile: Profile) -> str:
+    """ "is meant for …, here are …", or "" if the machine is as large as the profile."""
+    here = gpu_memory_gib() or 0.0
+    return f"is meant for {profile.memory_gib:.0f} GiB of GPU memory, here are {here:.1f}" if profile.memory_gib > here else ""
 
 
 def check_device(profile: Profile) -> Check:
@@ -121,17 +125,70 @@ def check_bf16(profile: Profile) -> Check:
     return Check("bf16", major >= 8, detail, f"{_shell(profiles.VARIABLE)}, or: {_shell(profiles.VARIABLE, 't4')} (fp16)")
 
 
-def check_disk(profile: Profile) -> Check:
-    """Room for the base model where the Hub keeps its cache (if it is not there yet), and for the run."""
+KEPT_CHECKPOINTS = 3  # `resume.Checkpoints` keeps two, and deletes the oldest when a third is sealed
+SPARE_GIB = 0.5  # logs, optimizer's bookkeeping, the evaluation's replies
+
+
+def run_gib(profile: Profile) -> float:
+    """What a run leaves on the disk at most: checkpoints with adapters and Adam's two moments in fp32, and the adapter."""
+    quiet()  # bitsandbytes speaks as soon as it is imported
+    from helpers import budget
+
+    try:
+        adapters = 4 * budget.of_profile(profile).adapters / 2**30
+    except (StopIteration, AttributeError, KeyError, ValueError):  # no mixture of experts: loading says so, in its own words
+        return SPARE_GIB
+    return KEPT_CHECKPOINTS * 3 * adapters + adapters + SPARE_GIB
+
+
+def missing_gib(profile: Profile) -> float | None:
+    """How much of the base model is still to be fetched; None if that is not known."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = Path(HF_HUB_CACHE)
-    known = (cache / f"models--{profile.base.replace('/', '--')}").is_dir()
-    download = 0 if known else DOWNLOAD_GIB.get(profile.base, 0)
-    place = next(p for p in (cache, *cache.parents) if p.is_dir()) if download else ROOT
-    free, needed = shutil.disk_usage(place).free / 2**30, download + 2
-    todo = "free some room, or point the Hub's cache to a larger disk: " + _shell("HF_HOME", "/path/to/larger/disk")
-    return Check("disk", free >= needed, f"{free:.0f} GiB free, wanted {needed}", todo)
+    if Path(profile.base_path).is_dir():
+        return 0.0
+    whole = DOWNLOAD_GIB.get(profile.base)
+    blobs = Path(HF_HUB_CACHE) / f"models--{profile.base.replace('/', '--')}" / "blobs"
+    there = sum(file.stat().st_size for file in blobs.glob("*")) / 2**30 if blobs.is_dir() else 0.0
+    missing = None if whole is None else max(0.0, whole - there)
+    return 0.0 if missing is not None and missing < 0.05 * whole else missing  # the sizes are rounded
+
+
+def download_note(profile: Profile) -> str:
+    """A line for before the base model is fetched: it may take an hour; "" if nothing is to be fetched."""
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    missing = missing_gib(profile)
+    if missing == 0 or HF_HUB_OFFLINE:
+        return ""
+    size = f"about {missing:.0f} GiB" if missing else "its weights, if they are not there yet"
+    return f"fetching {profile.base} from the Hub: {size}, into {HF_HUB_CACHE} …"
+
+
+def _disk_of(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def check_disk(profile: Profile, run_dir: Path | None = None) -> Check:
+    """Room for the base model where the Hub keeps its cache (what is not there yet), and for a run where runs are kept.
+
+    `run_dir`: of the run that is to be trained; what it has on the disk already it need not find once more.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache, runs = _disk_of(Path(HF_HUB_CACHE)), _disk_of(run_dir or profiles.RUNS)
+    download, room = missing_gib(profile) or 0.0, run_gib(profile)
+    if run_dir is not None and run_dir.is_dir():
+        room = max(0.0, room - sum(p.stat().st_size for p in run_dir.rglob("*") if p.is_file()) / 2**30)
+    one = cache.stat().st_dev == runs.stat().st_dev
+    wanted = [(runs, room + download * one, "the run" + " and the base model" * (one and download > 0))]
+    wanted += [(cache, download, "the base model")] * (not one and download > 0)
+    found = [(place, shutil.disk_usage(place).free / 2**30, gib, what) for place, gib, what in wanted]
+    detail = "; ".join(f"{free:.1f} GiB free in {place}, wanted {gib:.1f} for {what}" for place, free, gib, what in found)
+    move = f"point the Hub's cache ({_shell('HF_HOME', '/path/to/larger/disk')}) or the runs (COURSE_RUNS, --output) to another"
+    return Check("disk", all(free >= gib for _, free, gib, _ in found), detail, f"free some room, or {move}")
 
 
 def check_quantisation() -> Check:
@@ -292,12 +349,19 @@ def use_colab_secret() -> None:
 
 
 def quiet() -> None:
-    """No progress bars (they leave widget state in notebooks, which GitHub cannot show) and no third-party notices."""
+    """No progress bars (they leave widget state in notebooks, which GitHub cannot show) and no third-party notices.
+
+    On a terminal the Hub's bars stay: a download of 87 GiB must not look like a program that hangs.
+    """
     import warnings
 
     import transformers
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils import enable_progress_bars
 
     transformers.utils.logging.disable_progress_bar()
+    if sys.stderr.isatty() and HF_HUB_DISABLE_PROGRESS_BARS is None:
+        enable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends an optional package with each import
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

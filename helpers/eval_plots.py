@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from helpers.evaluation import LengthTable
 
 LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (RED, "v"), (SKY, "P"), (BLACK, "X"))
+FEW = 10  # replies of a class, below which its perplexity says little
 TICKS, TOP = (1, 3, 10, 30, 100, 300), 420
 
 
@@ -156,12 +157,19 @@ def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figur
 
 
 def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity of the conversations' own replies by class, with their modifiers and without."""
+    """Perplexity of the conversations' own replies by class, with their modifiers and without; few replies are hollow."""
     figure, axes = new_figure(8.5, 3.2)
     for kind, (colour, marker) in zip(("without", "with"), (LOOKS[1], LOOKS[0]), strict=True):
-        axes.plot([r[kind] for r in rows], marker + "-", color=colour, label=f"{kind} modifiers")
+        values = [r[kind] for r in rows]
+        axes.plot(values, marker + "-", color=colour, label=f"{kind} modifiers")
+        few = [(x, v) for x, (v, r) in enumerate(zip(values, rows, strict=True)) if r["replies"] < FEW]
+        if few:
+            axes.plot(*zip(*few, strict=True), marker, color=colour, mfc="white")
     axes.set_xticks(range(len(rows)), [f"{r['length']}\nn = {r['replies']}" for r in rows], fontsize=8)
-    axes.set(ylabel="perplexity", title="The modifier tells the model something: held-out replies become likelier")
-    axes.legend()
+    axes.set(ylabel="perplexity", title="Held-out replies, with their modifiers and without")
+    axes.legend(title=f"hollow: fewer than {FEW} replies" if any(r["replies"] < FEW for r in rows) else None)
+    missing = [name for name in LENGTHS if name not in {r["length"] for r in rows}]
+    if missing:
+        axes.set_xlabel(f"left out, because no reply of these conversations is of it: {', '.join(missing)}", fontsize=9)
     gains = ", ".join(f"{r['length']} {r['without']:.2f} to {r['with']:.2f}" for r in rows)
     return finish(figure, f"Perplexity of held-out replies without and with their modifier: {gains}.")

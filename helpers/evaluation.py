@@ -38,6 +38,11 @@ class Size:
     samples: int = 4
     batch_size: int = 256
 
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: at least 1 is needed; leave it out for the profile's own")
+
 
 def size_of(profile: Profile) -> Size:
     """What a profile can afford. Small batches on a GPU leave room for the key-value cache; there are three held-out stories."""
@@ -66,6 +71,25 @@ def held_out(profile: Profile, count: int, reply: int = FIRST, max_prompt_words:
             if words <= max_prompt_words:
                 chosen.append(story)
     return chosen
+
+
+def conversations_of(path: str | Path, reply: int = FIRST) -> list[Story]:
+    """Your own conversations from a file or folder, those with at least `reply` + 1 character replies.
+
+    Read like training stories, so that each problem names its file and line. Whether a training saw them, only you know.
+    """
+    return [s for s in load_stories(path) if len(s.replies) > reply]
+
+
+def with_room(stories: Sequence[Story], reply: int, tokenizer, context: int, room: int) -> list[Story]:
+    """The conversations whose prompt leaves `room` tokens of the context, so that no reply is cut off for want of it."""
+
+    def tokens(story: Story) -> int:
+        before = story.before_reply(reply)
+        history = [length_class(m.text) for m in before.replies]
+        return max(len(Prompt.of(before, tokenizer, length, history).ids) for length in CONDITIONS)
+
+    return [s for s in stories if tokens(s) + room <= context]
 
 
 def row_of(reply, **case: Any) -> dict[str, Any]:
@@ -215,10 +239,10 @@ class LengthTable:
             return "\n".join(lines)
         few = f"; intervals from {s['conversations']} conversations say little" if s["conversations"] < 10 else ""
         lines.append(
-            f"{self.label}: Spearman {s['spearman']:+.2f} [{s['spearman_low']:+.2f}, {s['spearman_high']:+.2f}], Kendall "
-            f"{s['kendall']:+.2f} over {s['replies']} single replies;\n  in class {s['in_class']:.0%}, within one "
-            f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits;\n  {s['rising_medians']} of 9 medians rise, "
-            f"{s['separated_medians']} beyond their intervals{few}"
+            f"{self.label}: Spearman {s['spearman']:+.3f} [{s['spearman_low']:+.3f}, {s['spearman_high']:+.3f}], Kendall "
+            f"{s['kendall']:+.3f} over {s['replies']} single replies;\n  in class {s['in_class']:.0%}, within one "
+            f"{s['within_one']:.0%}; {s['information']:.2f} of 3.32 bits;\n  of 9 neighbouring medians "
+            f"{s['rising_medians']} rise; the intervals of {s['separated_medians']} pairs do not overlap{few}"
         )
         return "\n".join(lines)
 
@@ -285,6 +309,8 @@ def measure_length_control(
     """
     if not stories:
         raise ValueError("no conversation to measure: none is held out, or none is deep enough")
+    if samples < 1:
+        raise ValueError(f"samples={samples}: ask each conversation at least once")
     sampling = sampling or SAMPLERS["course"]
     cases, prompts = [], []
     for number, story in enumerate(stories):

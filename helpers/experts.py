@@ -21,8 +21,10 @@ from typing import NamedTuple
 
 import bitsandbytes.functional as bnbf
 import torch
+import torch.nn.functional as F
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "nf4"
@@ -30,6 +32,7 @@ STACKS = ("gate_up_proj", "down_proj")
 BLOCK = 64  # weights that share one scale; never straddles experts because in_features is a multiple of it
 _SLICE = {"cpu": 2**20, "cuda": 2**28}  # weights quantised at a time; multiples of BLOCK
 _PIECE = {"cpu": 2**20}  # weights unpacked at a time: 4 MiB stay in the processor's cache; a GPU takes a whole expert
+GROUP = {"cuda": 2**26, "meta": 2**26}  # numbers, of weights and of activations, of experts handled together; a CPU: one by one
 
 
 class Factors(NamedTuple):
@@ -98,7 +101,7 @@ class Unpacker:
         experts, self.rows, self.columns = stack_shape(weight)
         if self.packed:
             self.state = weight.quant_state
-            self.weight = self.weight.view(experts, -1)
+            self.weight = self.weight.view(-1)
             self.blocks = self.rows * self.columns // BLOCK  # of one expert
             # Double quantisation has blocks of its own (256 scales): an expert stands alone if it fills whole ones.
             alone = few and self.state.nested and self.blocks % self.state.state2.blocksize == 0
@@ -124,10 +127,25 @@ class Unpacker:
         for first in range(0, self.rows, step):
             yield first, self._rows(e, scales, first, min(first + step, self.rows))
 
+    def over(self, spans: list[tuple[int, slice]]) -> Iterator[tuple[int, slice, Iterable[tuple[int, Tensor]]]]:
+        """(e, its rows, the pieces of its matrix) of each expert. Several are unpacked in one go, with those between them."""
+        if len(spans) == 1:
+            yield *spans[0], self.pieces(spans[0][0])
+            return
+        first, last = spans[0][0], spans[-1][0] + 1
+        if self.packed:
+            stack = self._rows(first, self.scales[first:last].flatten(), 0, (last - first) * self.rows)
+            stack = stack.view(last - first, self.rows, self.columns)
+        else:
+            stack = self.weight[first:last].to(self.dtype)
+        for e, rows in spans:
+            yield e, rows, [(0, stack[e - first])]
+
     def _scales(self, e: int) -> Tensor:
         return self.scales[e] if self.scales is not None else block_scales(self.state, e * self.blocks, self.blocks)
 
     def _rows(self, e: int, scales: Tensor, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` counted from expert e's first, whose scales begin with `scales`; they may go beyond its last."""
         start, end = first * self.columns, last * self.columns  # multiples of BLOCK, as `columns` is one
         state = bnbf.QuantState(
             absmax=scales[start // BLOCK : end // BLOCK],
@@ -137,7 +155,8 @@ class Unpacker:
             quant_type=self.state.quant_type,
             dtype=self.raw,
         )
-        codes = self.weight[e, start // 2 : end // 2]
+        before = e * self.rows * self.columns
+        codes = self.weight[(before + start) // 2 : (before + end) // 2]
         return bnbf.dequantize_4bit(codes.view(-1, 1), quant_state=state).to(self.dtype)
 
 
@@ -162,7 +181,7 @@ def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool 
     below the 2³¹ elements of the CUDA kernels. Raises ValueError for a matrix of another shape and for non-finite weights.
     """
     codes = scales = None
-    at, count = 0, 0
+    at, count, ranges = 0, 0, []
     for matrix in matrices:
         if matrix.shape != torch.Size(shape[1:]):
             raise ValueError(f"expert {count} has shape {tuple(matrix.shape)}, the model wants {tuple(shape[1:])}")
@@ -172,6 +191,7 @@ def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool 
             scales = torch.empty(total // BLOCK, dtype=torch.float32, device=matrix.device)
             dtype = matrix.dtype
         for piece in matrix.reshape(-1).split(_SLICE.get(matrix.device.type, 2**28)):
+            ranges.append(torch.stack(piece.aminmax()))  # CUDA's quantisation does not pass a NaN on to the scale
             packed, state = bnbf.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             codes[at // 2 : (at + piece.numel()) // 2] = packed
             scales[at // BLOCK : (at + piece.numel()) // BLOCK] = state.absmax
@@ -179,7 +199,7 @@ def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool 
         count += 1
     if count != shape[0]:
         raise ValueError(f"{count} experts were given, the model has {shape[0]}")
-    if not torch.isfinite(scales).all():
+    if not torch.isfinite(torch.stack(ranges)).all():
         raise ValueError("the weights are not finite: there is a NaN or an infinity among them")
     return pack_codes(codes, scales, shape, dtype, double_quant)
 
@@ -229,49 +249,146 @@ def random_packed(
 # -------------------------------------------------------------------------------------------------------- the maths
 
 
-def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout from its own generator: backward draws the same mask again instead of keeping it."""
-    if p == 0.0:
-        return x
-    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-    return keep.div_(1 - p).mul_(x)
+class _Group(NamedTuple):
+    """Experts that are handled together, and their rows of the assignments sorted by expert."""
+
+    number: int
+    rows: slice
+    spans: list[tuple[int, slice]]  # an expert, and its rows counted from the group's first
+
+    def within(self, block: slice) -> Iterator[tuple[int, slice]]:
+        """The spans in a block of the group's rows."""
+        for e, rows in self.spans:
+            first, last = max(rows.start, block.start), min(rows.stop, block.stop)
+            if first < last:
+                yield e, slice(first, last)
 
 
-class _Adapter(NamedTuple):
-    """LoRA of one expert's projection."""
+class _Rule(NamedTuple):
+    """What is done to an adapter's product beside multiplying."""
 
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
-    dropout: float
-    scale: float
+    dropout: float = 0.0
+    scale: float = 1.0  # alpha / r, and 1 / (1 - dropout)
 
 
-def _thin(x: Tensor, few: Tensor) -> Tensor:
-    """x (n, m) @ few (m, r) for a small r. A CPU is 1.5 to 8 times as fast at the product of the transposes."""
-    return (few.T.contiguous() @ x.T).T if x.device.type == "cpu" else x @ few
+class _Pass:
+    """One pass over the experts of a layer. Its rows are the T·k assignments of tokens to experts, sorted by expert.
+
+    Gathering, gate and dropout are done for a group of experts at once: 64 small experts, one after the other, would keep a
+    GPU waiting for Python. Matrix products are done expert by expert.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, order: Tensor, k: int, groups: list[_Group], rules: list[_Rule], seed: int
+    ):
+        self.module, self.order, self.k, self.groups, self.rules, self.seed = module, order, k, groups, rules, seed
+        self.token = order // k
+        few = 2 * sum(len(group.spans) for group in groups) <= module.num_experts
+        self.up, self.down = (Unpacker(getattr(module, name), dtype, few) for name in STACKS)
+
+    def mask(self, group: _Group, projection: int) -> Tensor | None:
+        """What dropout leaves of a projection's input (n, in): from a generator of its own, so that backward draws it again."""
+        dropout = self.rules[projection].dropout
+        if not dropout:
+            return None
+        size = (group.rows.stop - group.rows.start, (self.up, self.down)[projection].columns)
+        mask = torch.empty(size, dtype=torch.bool, device=self.order.device)
+        generator = None if mask.is_meta else torch.Generator(mask.device).manual_seed(self.seed + 2 * group.number + projection)
+        return mask.bernoulli_(1 - dropout, generator=generator)
+
+    def gate_up(self, group: _Group, x: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """x (T, H) → pre-activations (n, 2I)."""
+        x = x[self.token[group.rows]]
+        thin = None if a is None else _into_rank(group, _kept(x, self.mask(group, 0)), a, self.rules[0])
+        return _product(group, x, self.up, thin, b)
+
+    def gate_down(self, group: _Group, h: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor) -> None:
+        """Pre-activations (n, 2I) → the experts' outputs, in their rows of `out` (T·k, H)."""
+        blocks = [self.module._apply_gate(h[block]) for block in _row_blocks(h)]
+        gated = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        thin = None if a is None else _into_rank(group, _kept(gated, self.mask(group, 1)), a, self.rules[1])
+        _product(group, gated, self.down, thin, b, out[group.rows])
+
+    def new_rows(self, like: Tensor) -> Tensor:
+        """(T·k, H) for the groups to fill. No group has the last ones if transformers says by an index of E: no expert."""
+        rows = like.new_empty(len(self.order), like.shape[1])
+        rows[self.groups[-1].rows.stop if self.groups else 0 :] = 0
+        return rows
+
+    def by_token(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows (T·k, H) and routing weights (T, k) → (T, H), each token's weighted sum.
+
+        In one kernel that gathers: no atomic additions as in a scattered sum, and rounded once.
+        """
+        begins = torch.arange(0, len(rows), self.k, device=rows.device)
+        weight = weight.reshape(-1).to(rows.dtype)
+        return F.embedding_bag(self.order.argsort(), rows, begins, mode="sum", per_sample_weights=weight)
 
 
-def _linear(x: Tensor, unpack: Unpacker, e: int, lora: _Adapter | None, seed: int) -> Tensor:
-    """x (n, in) → (n, out) through W + s·B·A of expert e."""
-    y = None
-    for first, w in unpack.pieces(e):
-        if y is None and len(w) == unpack.rows:
-            y = x @ w.T
-        else:
-            y = x.new_empty(len(x), unpack.rows) if y is None else y
-            torch.mm(x, w.T, out=y[:, first : first + len(w)])
-    if lora is not None:
-        y.addmm_(_thin(_dropout(x, lora.dropout, seed), lora.A.T), lora.B.T, alpha=lora.scale)
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _thin(x: Tensor, few: Tensor, out: Tensor) -> None:
+    """out (n, r) = x (n, m) @ few (m, r) for a small r. A CPU is 1.5 to 8 times as fast at the product of the transposes."""
+    if x.device.type == "cpu":
+        out.copy_((few.T.contiguous() @ x.T).T)
+    else:
+        torch.mm(x, few, out=out)
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """x[rows]; of a group of one expert, which has many small calls on a CPU, x itself."""
+    return x if rows.stop - rows.start == len(x) else x[rows]
+
+
+def _into_rank(group: _Group, x: Tensor, factors: Tensor, rule: _Rule) -> Tensor:
+    """x (n, m) through each expert's factor (r, m), and times the adapter's scale → (n, r)."""
+    thin = x.new_empty(len(x), factors.shape[1])
+    for e, rows in group.spans:
+        _thin(_rows(x, rows), factors[e].T, _rows(thin, rows))
+    return thin if rule.scale == 1 else thin.mul_(rule.scale)
+
+
+def _product(
+    group: _Group, x: Tensor, unpack: Unpacker, thin: Tensor | None, b: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """x (n, in) → (n, out) through W + B·A, in `out` if it is given; `thin` (n, r) is what A made of x.
+
+    The adapters' share comes first, because a matrix product adds to what is there without another pass over it.
+    """
+    y = x.new_empty(len(x), unpack.rows) if out is None else out
+    for e, rows, pieces in unpack.over(group.spans):
+        part_x, part_y = _rows(x, rows), _rows(y, rows)
+        if thin is not None:
+            torch.mm(_rows(thin, rows), b[e].T, out=part_y)
+        for first, w in pieces:
+            piece = part_y if len(w) == unpack.rows else part_y[:, first : first + len(w)]
+            piece.addmm_(part_x, w.T, beta=0 if thin is None else 1)
     return y
 
 
-def _into_input(g: Tensor, unpack: Unpacker, e: int) -> Tensor:
-    """Gradient g (n, out) of a projection's output → (n, in), through the frozen weight."""
-    gx = None
-    for first, w in unpack.pieces(e):
-        part = g[:, first : first + len(w)]
-        gx = part @ w if gx is None else gx.addmm_(part, w)
+def _product_back(
+    group: _Group,
+    g: Tensor,
+    unpack: Unpacker,
+    thin: Tensor | None,
+    a: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient g (n, out) of a projection's output → of its input, (n, in), in `out` if given; `thin` (n, r): g through B."""
+    gx = g.new_empty(len(g), unpack.columns) if out is None else out
+    if thin is not None:
+        for e, rows in group.spans:
+            torch.mm(_rows(thin, rows), a[e], out=_rows(gx, rows))
+        if mask is not None:
+            gx.mul_(mask)
+    for _, rows, pieces in unpack.over(group.spans):
+        part_g, part_x = _rows(g, rows), _rows(gx, rows)
+        for first, w in pieces:
+            piece = part_g if len(w) == unpack.rows else part_g[:, first : first + len(w)]
+            part_x.addmm_(piece, w, beta=0 if thin is None and first == 0 else 1)
     return gx
 
 
@@ -283,102 +400,153 @@ def _ends(chosen: Tensor, experts: int) -> list[int]:
     return torch.searchsorted(chosen, torch.arange(experts, device=chosen.device, dtype=chosen.dtype), right=True).tolist()
 
 
-def _row_blocks(h: Tensor, whole: bool) -> list[slice]:
+def _groups(ends: list[int], shape: torch.Size, device: str) -> list[_Group]:
+    """Neighbouring experts with tokens, as many as keep both their weights and their rows within `GROUP` numbers.
+
+    When few experts have any (decoding one token), one by one: unpacking the others between them would be wasted.
+    """
+    _, width, hidden = shape
+    used = [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+    most = GROUP.get(device, 0) if 2 * len(used) > len(ends) else 0
+    found: list[list[tuple[int, int, int]]] = []
+    for e, start, end in used:
+        if found:
+            (first_expert, first_row, _), *_ = found[-1]
+            if max((e + 1 - first_expert) * hidden, end - first_row) * width <= most:
+                found[-1].append((e, start, end))
+                continue
+        found.append([(e, start, end)])
+    groups = []
+    for number, spans in enumerate(found):
+        first, last = spans[0][1], spans[-1][2]
+        groups.append(_Group(number, slice(first, last), [(e, slice(start - first, end - first)) for e, start, end in spans]))
+    return groups
+
+
+def _row_blocks(h: Tensor) -> list[slice]:
     """Rows to apply the gate to at a time: what stays in a CPU's cache, so that its many steps do not wait for memory."""
-    step = len(h) if whole else max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1])
-    return [slice(first, first + step) for first in range(0, len(h), step)]
+    step = max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1])
+    return [slice(first, min(first + step, len(h))) for first in range(0, len(h), step)]
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """The expert MLP of one layer.
+    """The expert MLP up to the pre-activations, `kept`; `_Finish` makes the output of them. The derivative of both is here.
 
-    x (T, H); index (T, k) expert ids; weight (T, k) routing weights; A1 (E, r, H), B1 (E, 2I, r), A2 (E, r, I), B2 (E, H, r)
-    or None. The gradient of a routing weight is ⟨∂L/∂a, a⟩ with a the gated activation, so expert outputs are not kept.
+    x (T, H); weight (T, k) routing weights; A1 (E, r, H), B1 (E, 2I, r), A2 (E, r, I), B2 (E, H, r) or None. What it returns
+    only stands for the layer's output (T, H). Two functions, because checkpointing repeats the forward pass as far as backward
+    needs it: so it never comes to the second one, whose products nobody would look at.
+
+    The gradient of a routing weight is ⟨∂L/∂a, a⟩ with a the gated activation, so expert outputs are not kept.
     """
 
     @staticmethod
-    def forward(ctx, module, x, index, weight, a1, b1, a2, b2, rules, seed):
-        k = index.shape[1]
-        flat = index.reshape(-1)
-        order = flat.argsort(stable=True)  # assignments sorted by expert
-        token = order // k
-        ends = _ends(flat[order], module.num_experts)
-        ctx.module, ctx.ends, ctx.rules, ctx.seed = module, ends, rules, seed
-        keep = any(ctx.needs_input_grad)
-        out, kept = torch.zeros_like(x), []
-        scale = weight.reshape(-1)[order].unsqueeze(1).to(x.dtype)
-        for e, s, t, up, down, lora1, lora2 in _ExpertMLP.walk(ctx, x.dtype, a1, b1, a2, b2):
-            rows = token[s:t]
-            h = _linear(x[rows], up, e, lora1, seed + 2 * e)
-            a = torch.cat([module._apply_gate(h[block]) for block in _row_blocks(h, whole=False)])
-            y = _linear(a, down, e, lora2, seed + 2 * e + 1)
-            out.index_add_(0, rows, y.mul_(scale[s:t]))
-            if keep:
-                kept.append(h)
-        ctx.save_for_backward(x, weight, order, a1, b1, a2, b2, *kept)
-        return out
+    def forward(ctx, job, kept, x, weight, a1, b1, a2, b2):
+        kept.extend(job.gate_up(group, x, a1, b1) for group in job.groups)
+        ctx.rules = (job.k, job.groups, job.rules, job.seed)
+        ctx.module = job.module
+        ctx.save_for_backward(x, weight, job.order, a1, b1, a2, b2, *kept)
+        return x.new_zeros(1).expand_as(x)
 
     @staticmethod
-    def walk(ctx, dtype, a1, b1, a2, b2) -> Iterator[tuple]:
-        """(e, first row, last row, unpackers, LoRA factors) of every expert that has tokens."""
-        used = sum(end > start for start, end in zip([0, *ctx.ends], ctx.ends, strict=False))
-        up, down = (Unpacker(getattr(ctx.module, name), dtype, few=2 * used <= len(ctx.ends)) for name in STACKS)
-        start = 0
-        for e, end in enumerate(ctx.ends):
-            if end > start:
-                lora1 = None if a1 is None else _Adapter(a1[e], b1[e], *ctx.rules[0])
-                lora2 = None if a2 is None else _Adapter(a2[e], b2[e], *ctx.rules[1])
-                yield e, start, end, up, down, lora1, lora2
-            start = end
+    @once_differentiable
+    def backward(ctx, grad):
+        with no_autocast(grad):  # whoever calls backward may have left it on
+            return None, None, *_ExpertMLP.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad: Tensor) -> tuple:
+        """Of x, weight and the factors."""
+        x, weight, order, a1, b1, a2, b2, *kept = ctx.saved_tensors
+        job = _Pass(ctx.module, x.dtype, order, *ctx.rules)
+        scale = weight.reshape(-1)[order].unsqueeze(1).to(x.dtype)
+        gx, gw = job.new_rows(x), torch.zeros_like(weight).reshape(-1)
+        ga1, gb1, ga2, gb2 = (None if f is None else torch.zeros_like(f) for f in (a1, b1, a2, b2))
+        for group, h in zip(job.groups, kept, strict=True):
+            # The routing weight w is left out of the large gradients and put on thin or small tensors instead. So ∂L/∂w is
+            # ⟨g, a⟩ with the g at hand, and no tensor as wide as the experts has to be multiplied by it.
+            token, w = job.token[group.rows], scale[group.rows]
+            gh, dw = _down_back(job, group, grad[token], h, w, a2, b2, ga2, gb2)
+            gw[order[group.rows]] = dw.to(gw.dtype)
+            _up_back(job, group, gh, x[token], w, a1, b1, ga1, gb1, gx[group.rows])
+        return job.by_token(gx, weight), gw.view_as(weight), ga1, gb1, ga2, gb2
+
+
+def _down_back(job: _Pass, group: _Group, g: Tensor, h: Tensor, w: Tensor, a2, b2, ga2, gb2) -> tuple[Tensor, Tensor]:
+    """From the output's gradient g (n, H) to those of the pre-activations (n, 2I), without w, and of w (n,).
+
+    Those of the factors are added to ga2 and gb2.
+    """
+    mask = job.mask(group, 1)
+    thin = None if a2 is None else _into_rank(group, g, b2.mT, job.rules[1])
+    g_a = _product_back(group, g, job.down, thin, a2, mask)
+    if a2 is not None:
+        thin.mul_(w)
+        into_b = torch.empty_like(thin)
+    blocks = _row_blocks(h)
+    gh, gw = torch.empty_like(h) if len(blocks) > 1 else None, h.new_empty(len(h))
+    for block in blocks:
+        with torch.enable_grad():  # the gate is the model's own function, so autograd differentiates it
+            part = h[block].detach().requires_grad_()
+            gated = job.module._apply_gate(part)
+        a = gated.detach()
+        torch.bmm(g_a[block].unsqueeze(1), a.unsqueeze(2), out=gw[block].view(-1, 1, 1))
+        (found,) = torch.autograd.grad(gated, part, g_a[block])
+        if gh is None:
+            gh = found
+        else:
+            gh[block] = found
+        if a2 is not None:
+            a = _kept(a, None if mask is None else mask[block])
+            for e, rows in group.within(block):
+                inside = a[rows.start - block.start : rows.stop - block.start]
+                _thin(inside, a2[e].T, into_b[rows])
+                ga2[e].addmm_(thin[rows].T, inside)
+    if a2 is not None:
+        into_b.mul_(w * job.rules[1].scale)
+        for e, rows in group.spans:
+            _thin(_rows(g, rows).T, _rows(into_b, rows), gb2[e])
+    return gh, gw
+
+
+def _up_back(job: _Pass, group: _Group, gh: Tensor, x: Tensor, w: Tensor, a1, b1, ga1, gb1, gx: Tensor) -> None:
+    """From the gradient of the pre-activations (n, 2I) to those of the input (n, H), still without w, and of the factors.
+
+    They are written to gx, ga1 and gb1.
+    """
+    mask = job.mask(group, 0)
+    thin = None if a1 is None else _into_rank(group, gh, b1.mT, job.rules[0])
+    _product_back(group, gh, job.up, thin, a1, mask, gx)
+    if a1 is not None:
+        thin.mul_(w)
+        x = _kept(x, mask)
+        into_b = _into_rank(group, x, a1, job.rules[0]).mul_(w)
+        for e, rows in group.spans:
+            _thin(_rows(gh, rows).T, _rows(into_b, rows), gb1[e])
+            torch.mm(_rows(thin, rows).T, _rows(x, rows), out=ga1[e])
+
+
+class _Finish(torch.autograd.Function):
+    """The layer's output (T, H) from the pre-activations; the gradient goes to `_ExpertMLP` as it is."""
+
+    @staticmethod
+    def forward(ctx, stand_in, job, kept, weight, a2, b2):
+        rows = job.new_rows(stand_in)
+        for group, h in zip(job.groups, kept, strict=True):
+            job.gate_down(group, h, a2, b2, rows)
+        kept.clear()
+        return job.by_token(rows, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, order, a1, b1, a2, b2, *kept = ctx.saved_tensors
-        token = order // weight.shape[1]
-        scale = weight.reshape(-1)[order].unsqueeze(1).to(x.dtype)
-        gx, gw = torch.zeros_like(x), torch.zeros_like(weight).reshape(-1)
-        ga1, gb1, ga2, gb2 = (None if f is None else torch.zeros_like(f) for f in (a1, b1, a2, b2))
-        for (e, s, t, up, down, lora1, lora2), h in zip(_ExpertMLP.walk(ctx, x.dtype, a1, b1, a2, b2), kept, strict=True):
-            rows, w, seed = token[s:t], scale[s:t], ctx.seed + 2 * e
-            # The routing weight w is left out of the large gradients and put on thin or small tensors instead. So ∂L/∂w is
-            # ⟨g, a⟩ with the g at hand, and no tensor as wide as the experts has to be multiplied by it.
-            g = grad[rows]
-            g_a = _into_input(g, down, e)
-            if lora2 is not None:
-                through = _thin(g, lora2.B).mul_(lora2.scale)
-                g_a = _add_dropped(g_a, through, lora2, seed + 1)
-                into_b = h.new_empty(len(h), len(lora2.A))
-            gh = torch.empty_like(h)
-            for block in _row_blocks(h, whole=lora2 is not None and lora2.dropout > 0):
-                with torch.enable_grad():  # the gate is the model's own function, so autograd differentiates it
-                    part = h[block].detach().requires_grad_()
-                    gated = ctx.module._apply_gate(part)
-                a = gated.detach()
-                gw[order[s:t][block]] = torch.bmm(g_a[block].unsqueeze(1), a.unsqueeze(2)).flatten().to(gw.dtype)
-                (gh[block],) = torch.autograd.grad(gated, part, g_a[block])
-                if lora2 is not None:
-                    a = _dropout(a, lora2.dropout, seed + 1)
-                    into_b[block] = _thin(a, lora2.A.T)
-                    ga2[e].addmm_((through[block] * w[block]).T, a)
-            if lora2 is not None:
-                gb2[e] = _thin(g.T, into_b.mul_(lora2.scale * w))
-            del g_a
-            into_x = _into_input(gh, up, e).mul_(w)
-            if lora1 is not None:
-                through = _thin(gh, lora1.B).mul_(lora1.scale * w)
-                into_x = _add_dropped(into_x, through, lora1, seed)
-                dropped = _dropout(x[rows], lora1.dropout, seed)
-                gb1[e] = _thin(gh.T, _thin(dropped, lora1.A.T).mul_(lora1.scale * w))
-                ga1[e] = through.T @ dropped
-            gx.index_add_(0, rows, into_x)
-        return None, gx, None, gw.view_as(weight), ga1, gb1, ga2, gb2, None, None
+        return grad, None, None, None, None, None
 
 
-def _add_dropped(gx: Tensor, through: Tensor, lora: _Adapter, seed: int) -> Tensor:
-    """gx + through·A, with the mask that dropout had on the input: it is a product with it, so its gradient is too."""
-    return gx.add_(_dropout(through @ lora.A, lora.dropout, seed)) if lora.dropout else gx.addmm_(through, lora.A)
+def no_autocast(x: Tensor) -> torch.autocast:
+    """One compute dtype, where autocast would mix two. The meta device, without one of its own, stands for a GPU."""
+    return torch.autocast("cuda" if x.is_meta else x.device.type, enabled=False)
 
 
+@torch.compiler.disable  # how many rows an expert has, Python must know: traced, it would be compiled again for every batch
 def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The registered experts function: hidden_states (T, H), top_k_index and top_k_weights (T, k) → (T, H)."""
     stack = getattr(self, STACKS[0])
@@ -386,16 +554,34 @@ def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     if hidden_states.dtype == torch.float64:  # reference runs
         dtype = torch.float64
     factors: list[Tensor | None] = []
-    rules: list[tuple[float, float]] = []  # dropout and scale of both
+    rules: list[_Rule] = []
     for name in STACKS:
         lora: Factors | None = self.__dict__.get("lora_factors", {}).get(name)
-        factors += [None, None] if lora is None else [lora.A.to(dtype), lora.B.to(dtype)]
-        rules.append((lora.dropout if self.training else 0.0, lora.scale) if lora is not None else (0.0, 1.0))
+        if lora is None:
+            factors += [None, None]
+            rules.append(_Rule())
+        else:  # B is a view of PEFT's (out, r·E), whose every use would otherwise gather single numbers
+            p = lora.dropout if self.training else 0.0
+            factors += [lora.A.to(dtype), lora.B.to(dtype).contiguous()]
+            rules.append(_Rule(p, lora.scale / (1 - p) if p < 1 else 0.0))
     # Drawn from torch's CPU generator, which checkpointing restores: the recomputation drops the same entries.
-    seed = int(torch.randint(2**31, ())) if any(dropout for dropout, _ in rules) else 0
-    kind = "cpu" if hidden_states.is_meta else hidden_states.device.type  # the meta device knows no autocast
-    with torch.autocast(kind, enabled=False):  # one compute dtype; autocast would mix two
-        out = _ExpertMLP.apply(self, hidden_states.to(dtype), top_k_index, top_k_weights, *factors, rules, seed)
+    seed = int(torch.randint(2**31, ())) if any(rule.dropout for rule in rules) else 0
+    x, weight = hidden_states.to(dtype), top_k_weights
+    with no_autocast(x):
+        chosen, order = top_k_index.reshape(-1).sort(stable=True)
+        groups = _groups(_ends(chosen, self.num_experts), stack_shape(stack), order.device.type)
+        job = _Pass(self, dtype, order, top_k_index.shape[1], groups, rules, seed)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *factors)):
+            kept: list[Tensor] = []
+            stand_in = _ExpertMLP.apply(job, kept, x, weight, *factors)
+            detached = (None if t is None else t.detach() for t in (weight, *factors[2:]))
+            out = _Finish.apply(stand_in, job, kept, *detached)
+        else:  # nothing is kept, so a group can go all the way
+            a1, b1, a2, b2 = factors
+            rows = job.new_rows(x)
+            for group in job.groups:
+                job.gate_down(group, job.gate_up(group, x, a1, b1), a2, b2, rows)
+            out = job.by_token(rows, weight)
     return out.to(hidden_states.dtype)
 
 

@@ -154,6 +154,8 @@ def iterate_replies(
 
     Batches are made of prompts that ask for similar lengths, so that few rows wait for a long one.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one row has to be sampled at once")
     sampling = sampling or Sampling()
     prompts = numbered(prompts)
     work = [_expected_words(p.length) + 4 for p in prompts]

@@ -42,11 +42,12 @@ class HeldOutLoss:
     """Called with a model: mean cross-entropy (nats a token) over all reply tokens ("all") and by length class.
 
     Draws no random numbers and leaves the model in the mode in which it was. A class without a reply is left out. Stories
-    beyond the context lose their first turns, as in training.
+    beyond the context lose their first turns, as in training; one whose last reply alone is longer is left out (`left_out`
+    says how many), because a context may be chosen shorter than the stories that are measured on. `batches` can be empty.
     """
 
     def __init__(self, labelled: Sequence[Labelled], tokenizer, context: int, pad: int, batch_size: int = 4):
-        self.batches = []
+        self.batches, self.left_out = [], 0
         samples = sorted(self._samples(labelled, tokenizer, context), key=lambda pair: -len(pair[0]))
         collate = Collator(pad)
         for start in range(0, len(samples), batch_size):
@@ -57,11 +58,13 @@ class HeldOutLoss:
                 kinds[row, : len(sample)] = torch.tensor(classes)
             self.batches.append((batch, kinds))
 
-    @staticmethod
-    def _samples(labelled, tokenizer, context):
+    def _samples(self, labelled, tokenizer, context):
         """(sample, class number of each token): the trained tokens of a sample come in one stretch a reply."""
-        encoded = encode_all(labelled, tokenizer, context)
-        for sample, names in zip(encoded, reply_classes(labelled), strict=True):
+        unfit = {}
+        encoded = list(encode_all(labelled, tokenizer, context, unfit=unfit))
+        self.left_out = len(unfit)
+        fitting = [pair for k, pair in enumerate(labelled) if k not in unfit]
+        for sample, names in zip(encoded, reply_classes(fitting), strict=True):
             trained = [label != IGNORED for label in sample.labels]
             starts = [i for i, t in enumerate(trained) if t and (i == 0 or not trained[i - 1])]
             kept = iter(names[len(names) - len(starts) :])  # the first turns may have been dropped

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import yaml
+
 from helpers.lengths import rank
 from helpers.profiles import Profile
-from helpers.prompts import CLOSING, Lengths, chat_arguments, chat_messages, instruction, response_header, segments
+from helpers.prompts import CLOSING, Lengths, Segment, chat_arguments, chat_messages, instruction, response_header, segments
 from helpers.schema import Message, Pair, Story
-from helpers.tokens import encode_segments, start_ids
+from helpers.tokens import IGNORED, Encoded, encode_all, encode_segments, start_ids
 
 # ------------------------------------------------------------------------------------------------------------- chatting
 
@@ -129,22 +131,27 @@ def ollama_modelfile(
     lines = [f"FROM {model}", f'TEMPLATE """{template}"""']
     if system:
         lines.append(f'SYSTEM """{system.removeprefix("### Instruction:" + chr(10))}"""')
-    stops = ["\\n### Input:", "\\n### Response:", f"\\n{user}:", *([end] if end else [])]
-    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n"
+    # Ollama takes a text between quotes as it stands: \n would be two letters, while a line break and a " are themselves.
+    stops = ["\n### Input:", "\n### Response:", f"\n{user}:", *([end] if end else [])]
+    return "\n".join([*lines, *(f'PARAMETER stop """{stop}"""' for stop in stops)]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def axolotl_rows(labelled: Iterable[tuple[Story, Lengths]], tokenizer) -> Iterator[dict[str, list[dict[str, Any]]]]:
+def axolotl_rows(
+    labelled: Iterable[tuple[Story, Lengths]], tokenizer, context: int | None = None, long: str = "drop"
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
     """Rows for Axolotl's `type: input_output`: {"segments": [{"label": trained?, "text": …}]}.
+
+    With a `context`, the samples of the training itself: a story beyond it is shortened or split as `tokens.encode_all` does.
+    Axolotl would cut the end off, wherever it lies.
 
     Axolotl tokenises each segment by itself, where a SentencePiece tokenizer may put a space in front that is none in the
     running text. So each row is checked: its ids and labels, made the way Axolotl makes them, must be those of `tokens.encode`.
     """
     bos = tokenizer.convert_ids_to_tokens(start_ids(tokenizer))
-    for story, lengths in labelled:
-        pieces = segments(story, lengths)
+    for story, pieces, ours in _samples(labelled, tokenizer, context, long):
         row: list[dict[str, Any]] = []
         text = "".join(bos)
         for piece in pieces:
@@ -162,7 +169,6 @@ def axolotl_rows(labelled: Iterable[tuple[Story, Lengths]], tokenizer) -> Iterat
             more = tokenizer(part["text"], add_special_tokens=False).input_ids
             ids += more
             labels += more if part["label"] else [-100] * len(more)
-        ours = encode_segments(pieces, tokenizer)
         if (ids, labels) != (ours.input_ids, ours.labels):
             at = next((i for i, (a, b) in enumerate(zip(ids, ours.input_ids, strict=False)) if a != b), min(len(ids), len(ours)))
             raise ValueError(
@@ -171,6 +177,27 @@ def axolotl_rows(labelled: Iterable[tuple[Story, Lengths]], tokenizer) -> Iterat
                 f"{tokenizer.convert_ids_to_tokens(ours.input_ids[at : at + 3])}); train with `python -m helpers train` instead"
             )
         yield {"segments": row}
+
+
+def _samples(labelled, tokenizer, context: int | None, long: str) -> Iterator[tuple[Story, list[Segment], Encoded]]:
+    """(story, pieces of its text, ids and labels) of each training sample."""
+    for story, lengths in labelled:
+        pieces = segments(story, lengths)
+        turns = [i for i, p in enumerate(pieces) if p.kind in ("input", "header")]
+        samples = list(encode_all([(story, lengths)], tokenizer, context, long=long))
+        whole = len(samples) == 1 and samples[0] == encode_segments(pieces, tokenizer)
+        begin = 1
+        for sample in samples:
+            if whole:
+                yield story, pieces, sample
+            elif long == "drop":
+                yield story, [pieces[0], *pieces[turns[sample.dropped_turns] :]], sample
+            else:  # the parts follow each other, and each ends with a reply: it is over when its last reply is
+                trained = [label != IGNORED for label in sample.labels]
+                replies = sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+                ends = [i + 1 for i, p in enumerate(pieces) if p.kind == "reply" and i >= begin]
+                yield story, [pieces[0], *pieces[begin : ends[replies - 1]]], sample
+                begin = ends[replies - 1]
 
 
 def _apart(before: str, reply: str, tokenizer) -> str:
@@ -184,10 +211,7 @@ def _apart(before: str, reply: str, tokenizer) -> str:
 
 
 def axolotl_config(profile: Profile, data: str = "stories-axolotl.jsonl") -> dict[str, Any]:
-    """The profile's recipe as an Axolotl configuration (write it with `yaml.safe_dump`).
-
-    Axolotl has no router z-loss, and its expert adapters take no dropout: those two parts of the recipe are not in it.
-    """
+    """The profile's recipe as an Axolotl configuration, but for what `axolotl_yaml` names."""
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] * profile.lora_experts
     targets += ["mlp.gate.weight"] * profile.lora_router
     return {
@@ -208,6 +232,7 @@ def axolotl_config(profile: Profile, data: str = "stories-axolotl.jsonl") -> dic
         "micro_batch_size": profile.micro_batch,
         "gradient_accumulation_steps": profile.accumulation,
         "num_epochs": profile.epochs,
+        **({"max_steps": profile.max_steps} if profile.max_steps > 0 else {}),
         "optimizer": "adamw_torch",
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
@@ -222,6 +247,17 @@ def axolotl_config(profile: Profile, data: str = "stories-axolotl.jsonl") -> dic
         "gradient_checkpointing": profile.gradient_checkpointing,
         "output_dir": f"./{profile.name}",
     }
+
+
+def axolotl_yaml(profile: Profile, data: str = "stories-axolotl.jsonl") -> str:
+    """`axolotl_config` as a file, headed by the parts of the recipe that Axolotl cannot express."""
+    missing = [
+        *([f"router z-loss, coefficient {profile.z_coef}"] if profile.z_coef else []),
+        *([f"router balancing loss, coefficient {profile.balance_coef} (1.0 at balance)"] if profile.balance_coef else []),
+        *([f"dropout of {profile.lora_dropout} on the adapters (those on experts take none)"] if profile.lora_dropout else []),
+    ]
+    head = "".join(f"# Not in this recipe, unlike in the course's run: {part}\n" for part in missing)
+    return head + yaml.safe_dump(axolotl_config(profile, data), sort_keys=False)
 
 
 def trl_rows(labelled: Iterable[tuple[Story, Lengths]], setting: bool = False) -> Iterator[dict[str, Any]]:

@@ -80,6 +80,8 @@ def in_class(asked: Sequence[int], words: Sequence[int], within: int = 0) -> flo
 
 def spearman(asked: Sequence[int], words: Sequence[float]) -> float:
     """Rank correlation over single replies; 0 where one side never changes (nothing can follow, nothing is followed)."""
+    if not len(asked):
+        return 0.0
     from scipy.stats import rankdata
 
     x, y = (rankdata(v) for v in (asked, words))

@@ -1,7 +1,7 @@
 """Ten length classes for replies: `micro` … `unlimited`.
 
 The names and their order are the model card's. Its author never published thresholds, unit or omission rate, so these are
-ours: `OURS` counts words (`len(text.split())`), and from `short` on each class is about 1.5 times as long as the one before,
+ours: `OURS` counts words (`count_words`), and from `short` on each class is about 1.5 times as long as the one before,
 which is the smallest step that a reader notices and that a model of whole sentences can hit. The bounds lie at even steps of
 a log-normal distribution, the shape of reply lengths in chats (notebook 1 draws it).
 
@@ -16,7 +16,9 @@ of 500 words or more has none.
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +30,27 @@ LENGTHS = ("micro", "tiny", "short", "medium", "long", "massive", "huge", "enorm
 BOUNDS = (5, 9, 14, 21, 31, 46, 68, 100, 150)
 
 
+# Scripts without spaces between words, and the characters of about one word: Han and Japanese, then Thai, Lao, Tibetan,
+# Burmese and Khmer.
+_UNSPACED = (
+    (re.compile("[\u3005-\u3007\u3041-\u3096\u30a1-\u30fe\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"), 2),
+    (re.compile("[\u0e01-\u0e4e\u0e80-\u0fd4\u1000-\u1049\u1050-\u109d\u1780-\u17d3]+"), 4),
+)
+_WIDE_MARKS = re.compile("[\u3001-\u3003\u3008-\u301f\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
+
+
 def count_words(text: str) -> int:
-    """Number of whitespace-separated words."""
-    return len(text.split())
+    """Number of whitespace-separated words.
+
+    Where a script puts no spaces between words, that would be one word a sentence, and nearly every reply `micro`. There, two
+    (Chinese, Japanese) or four characters (Thai and its neighbours) count as a word: about what their words have.
+    """
+    if text.isascii():
+        return len(text.split())
+    spaced = text
+    for script, characters in _UNSPACED:
+        spaced = script.sub(lambda run, n=characters: " ".join("w" * math.ceil(len(run[0]) / n)), spaced)
+    return len(text.split()) if spaced == text else len(_WIDE_MARKS.sub(" ", spaced).split())
 
 
 UNITS: dict[str, Callable[[str], int]] = {"words": count_words, "characters": len}

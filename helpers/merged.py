@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from helpers.qlora import _deltas, _plain_name, merged_value
+from helpers.qlora import merge_plan, merged_value
 
 INDEX = "model.safetensors.index.json"
 
@@ -27,21 +28,23 @@ def save_merged(
 ) -> list[Path]:
     """Write the merged model as an ordinary checkpoint; returns its weight files. `model` stays as it is.
 
-    The folder appears when it is whole. Raises FileExistsError if it is there already.
+    What has no adapter is written as well, down to the buffers that `save_pretrained` would write. The folder appears when it
+    is whole. Raises FileExistsError if it is there already, and ValueError for what `qlora.merge` refuses and for a generation
+    configuration that contradicts itself; both before any weights are written.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: merge into another folder, or delete it first")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    plain, sources, deltas = merge_plan(model, dtype)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    base, deltas = model.get_base_model(), _deltas(model)
-    settings = base.config.to_dict()
-    settings.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
-    sources = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    # First, because transformers checks them, and a large model's weights take an hour.
+    plain.config.dtype = dtype
+    plain.config.architectures = [type(plain).__name__]
+    plain.config.save_pretrained(partial)
+    model.get_base_model().generation_config.save_pretrained(partial)
     shards: list[dict[str, str]] = []  # tensor name → shard file, for each shard
     waiting: dict[str, torch.Tensor] = {}
     size = total = 0
@@ -55,8 +58,14 @@ def save_merged(
             waiting.clear()
             size = 0
 
-    for name, empty in plain.named_parameters():
-        value = merged_value(empty, sources[name], deltas.pop(name, []))
+    def values() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, empty in plain.named_parameters():
+            yield name, merged_value(empty, sources[name], deltas.get(name, []))
+        for name in [n for n, _ in plain.named_buffers() if n in persistent]:
+            yield name, sources[name].clone()  # in its own dtype; a copy, as safetensors refuses shared memory
+
+    persistent = plain.state_dict().keys()
+    for name, value in values():
         for key, tensor in revert_weight_conversion(plain, {name: value}).items():
             bytes_ = tensor.numel() * tensor.element_size()
             if waiting and size + bytes_ > max_shard_bytes:
@@ -64,8 +73,6 @@ def save_merged(
             waiting[key] = tensor.contiguous().cpu()
             size, total = size + bytes_, total + bytes_
     flush()
-    if deltas:
-        raise ValueError(f"adapters on {sorted(deltas)} have no parameter to be merged into")
     names = {}
     for number, shard in enumerate(shards, start=1):
         final = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -74,9 +81,5 @@ def save_merged(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8", newline="\n")
-    plain.config.dtype = dtype
-    plain.config.architectures = [type(base).__name__]
-    plain.config.save_pretrained(partial)
-    base.generation_config.save_pretrained(partial)
     partial.rename(folder)
     return sorted(folder.glob("*.safetensors"))

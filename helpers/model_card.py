@@ -5,16 +5,21 @@ Every number, table, setting and version is read from the run's files; nothing i
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.conclusions import answer
 from helpers.evaluation import LengthTable
+from helpers.experiment import finished
+from helpers.generation import SAMPLERS, Sampling
 from helpers.lengths import LENGTHS, word_range
-from helpers.profiles import ROOT, Profile
+from helpers.profiles import PROFILES, ROOT, Profile
 from helpers.prompts import CLOSING, response_header
-from helpers.training import arguments, load_result, profile_of
+from helpers.training import OF_PROFILE, arguments
 
 TAGS = ["lora", "qlora", "mixture-of-experts", "router-z-loss", "roleplay", "length-control"]
 
@@ -23,11 +28,20 @@ def evaluations(run_dir: Path) -> list[LengthTable]:
     return [LengthTable.load(p) for p in sorted((run_dir / "evaluation").glob("*.json"))]
 
 
-def write_model_card(run_dir: str | Path, datasets: Sequence[str] = (), license: str | None = None) -> Path:
-    """README.md of the adapter folder. `datasets`: Hub ids of the training data, if it is there; `license`: a Hub license id."""
+def write_model_card(
+    run_dir: str | Path, datasets: Sequence[str] = (), license: str | None = None, base_name: str | None = None
+) -> Path:
+    """README.md of the adapter folder.
+
+    `datasets`: Hub ids of the training data, if it is there; `license`: a Hub license id; `base_name`: see `shared_profile`.
+    """
     run_dir = Path(run_dir)
-    result, profile = load_result(run_dir), profile_of(run_dir)
-    text = render(profile, result.facts, evaluations(run_dir), _behaviour(run_dir), datasets, license)
+    result, profile = finished(run_dir)
+    profile = shared_profile(profile, base_name)
+    # The course's own stories are English; of others nobody has said what they are written in.
+    source = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("stories")
+    language = "en" if source == OF_PROFILE else None
+    text = render(profile, result.facts, evaluations(run_dir), _behaviour(run_dir), datasets, license, language)
     card = result.adapter / "README.md"
     partial = card.with_name("README.md.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
@@ -40,11 +54,38 @@ def _behaviour(run_dir: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def shared_profile(profile: Profile, base_name: str | None = None) -> Profile:
+    """The profile as others should read it: its base under the Hub id `base_name`, or the shipped base by its relative path."""
+    if base_name is not None:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base_name):
+            raise ValueError(f"base name {base_name!r}: give the base model's Hub id, ORG/NAME")
+        return dataclasses.replace(profile, base=base_name)
+    shipped = PROFILES["tiny"].base
+    return dataclasses.replace(profile, base=shipped) if _same_folder(profile.base, shipped) else profile
+
+
+def _same_folder(base: str, shipped: str) -> bool:
+    return (ROOT / base).resolve() == (ROOT / shipped).resolve()
+
+
+def base_in_words(profile: Profile) -> str:
+    if on_the_hub(profile):
+        return profile.base
+    shipped = _same_folder(profile.base, PROFILES["tiny"].base)
+    return f"the course's tiny Mixtral (`{profile.base}`)" if shipped else f"a local base model (`{profile.base}`)"
+
+
 def on_the_hub(profile: Profile) -> bool:
     return not (ROOT / profile.base).is_dir() and profile.base.count("/") == 1 and not Path(profile.base).exists()
 
 
-def metadata(profile: Profile, tables: Sequence[LengthTable], datasets: Sequence[str] = (), license: str | None = None):
+def metadata(
+    profile: Profile,
+    tables: Sequence[LengthTable],
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    language: str | None = "en",
+):
     """huggingface_hub.ModelCardData with the length metrics of the adapter's own tables as evaluation results."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -68,7 +109,7 @@ def metadata(profile: Profile, tables: Sequence[LengthTable], datasets: Sequence
     return ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        language="en",
+        language=language,
         license=license,
         base_model=profile.base if on_the_hub(profile) else None,
         tags=TAGS,
@@ -85,19 +126,19 @@ def render(
     behaviour: dict[str, Any] | None = None,
     datasets: Sequence[str] = (),
     license: str | None = None,
+    language: str | None = "en",
 ) -> str:
-    base = profile.base if on_the_hub(profile) else f"the course's tiny Mixtral (`{profile.base}`)"
     parts = [
-        f"---\n{metadata(profile, tables, datasets, license).to_yaml()}\n---",
+        f"---\n{metadata(profile, tables, datasets, license, language).to_yaml()}\n---",
         f"# {profile.name} adapter: role-play chat with length control",
-        f"A LoRA adapter for {base}, trained on multi-turn two-person chats in an extended Alpaca format. "
+        f"A LoRA adapter for {base_in_words(profile)}, trained on multi-turn two-person chats in an extended Alpaca format. "
         "`### Response: (length = medium)` asks for a reply of that length; without it the model chooses.",
         "## Prompt format\n\n```\n### Instruction:\n{char}'s Persona: …\n\n{user}'s Persona: …\n\nScenario: …\n\n"
         + CLOSING
         + "\n\n### Input:\n{user}: …\n\n"
         + response_header("{char}", "medium")
         + "\n```\n\nThe chat template in the tokenizer writes it. With `transformers` and `peft` alone:\n\n```python\n"
-        + usage(profile.base)
+        + usage(profile.base, sampling=measured_with(tables))
         + "```",
         "## Message length control\n\nLengths hold on average, not to the word. The classes were defined by words:\n\n"
         "| length | words |\n|---|---|\n" + "\n".join(f"| {n} | {_range(n)} |" for n in LENGTHS),
@@ -105,10 +146,7 @@ def render(
     for table in tables:
         parts.append(f"### Measured: {table.label}, reply {table.reply + 1}\n\n" + _markdown(table))
     if behaviour and behaviour.get("conclusions"):
-        lines = [
-            f"| {c['claim']} | {c['measured']} | {c['goal']} | {'yes' if c['reached'] else 'no'} |"
-            for c in behaviour["conclusions"]
-        ]
+        lines = [f"| {c['claim']} | {c['measured']} | {c['goal']} | {answer(c['reached'])} |" for c in behaviour["conclusions"]]
         head = "## What holds and what does not\n\n| claim | measured | goal | reached |\n|---|---|---|---|\n"
         parts.append(head + "\n".join(lines))
     settings = "\n".join(f"- {k}: {v}" for k, v in _hyperparameters(profile, facts))
@@ -125,22 +163,28 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
-def usage(base: str, folder: str = "path/to/this/folder") -> str:
+def measured_with(tables: Sequence[LengthTable]) -> Sampling:
+    """The settings of the adapter's own table, so that who follows the card gets what the card measured."""
+    return next((Sampling(**t.sampling) for t in tables if t.label.startswith("adapter")), SAMPLERS["course"])
+
+
+def usage(base: str, folder: str = "path/to/this/folder", sampling: Sampling = SAMPLERS["course"]) -> str:
     """Five lines that chat, without this course."""
     return (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), {_quoted(folder)})\n" + _ask()
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), {_quoted(folder)})\n"
+        + _ask(sampling)
     )
 
 
-def usage_merged(folder: str = "path/to/merged") -> str:
+def usage_merged(folder: str = "path/to/merged", sampling: Sampling = SAMPLERS["course"]) -> str:
     """The same for merged weights, which need transformers only."""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_quoted(folder)})\n" + _ask()
+        f"model = AutoModelForCausalLM.from_pretrained({_quoted(folder)})\n" + _ask(sampling)
     )
 
 
@@ -149,15 +193,27 @@ def _quoted(path: str) -> str:
     return json.dumps(path, ensure_ascii=False)
 
 
-def _ask() -> str:
+def _ask(sampling: Sampling) -> str:
     return (
         'setting = {"char": "Ferro", "user": "Ana", "persona": "Ferro is a miller.", "user_persona": "Ana is a nurse.",\n'
         '           "scenario": "Ana visits the mill.", "length": "short"}\n'
         'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Is anyone there?"}], add_generation_prompt=True,\n'
         '                                       return_tensors="pt", return_dict=True, **setting)\n'
-        "reply = model.generate(**prompt, do_sample=True, temperature=0.8, max_new_tokens=200)[0]\n"
+        f"reply = model.generate(**prompt, {_settings(sampling)})[0]\n"
         'print(tokenizer.decode(reply[prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip())\n'
     )
+
+
+def _settings(sampling: Sampling) -> str:
+    """As arguments of `generate`, which has a top_k of its own unless it is told 0."""
+    given = [f"max_new_tokens={sampling.max_new_tokens}"]
+    if sampling.temperature == 0:
+        return ", ".join(["do_sample=False", *given])
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"):
+        value, neutral = getattr(sampling, name), 0 if name in ("top_k", "min_p") else 1
+        if value != neutral or name in ("temperature", "top_k"):
+            given.insert(-1, f"{name}={value}")
+    return ", ".join(["do_sample=True", *given])
 
 
 def _hyperparameters(profile: Profile, facts: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -139,7 +140,8 @@ def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequ
         ylim=(0, top),
         xlabel="words in a reply (log scale); ticks: first word count of each class",
     )
-    axes.set(ylabel="replies per doubling", title="The ten length classes over the character's replies; line: log-normal")
+    axes.set(ylabel="replies per doubling of the words")
+    axes.set_title("The ten length classes over the character's replies (the area of a bar counts); line: log-normal")
     axes.set_xticks([1, *bounds], [str(b) for b in (1, *bounds)])
     axes.set_xticks([], minor=True)
     axes.grid(False, axis="x")
@@ -151,7 +153,7 @@ def plot_length_classes(words: Sequence[int], bounds: Sequence[int], names: Sequ
 
 
 def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) -> Figure:
-    """Share of replies in each class, one bar a data set."""
+    """Share of replies in each class, one bar per data set."""
     figure, axes = new_figure(8.5, 3.2)
     width = 0.8 / len(shares)
     looks = itertools.cycle(((BLUE, ""), (ORANGE, "///"), (GREEN, "..."), (PURPLE, "xxx")))
@@ -164,7 +166,7 @@ def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) 
     axes.grid(False, axis="x")
     axes.set_ylim(0, 100 * 1.22 * max(map(max, shares.values())))
     axes.legend(loc="upper right", ncols=1 + len(shares), frameon=False)
-    return finish(figure, f"Bars: percent of replies in each of the classes {', '.join(names)} for {' and '.join(shares)}.")
+    return finish(figure, f"Bars: percent of replies in each of the classes {', '.join(names)}. Data sets: {'; '.join(shares)}.")
 
 
 def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int]) -> Figure:
@@ -177,7 +179,11 @@ def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int])
     for context in contexts:
         axes.axvline(context, color=RED, ls="--", lw=1.3)
         axes.text(context, len(tokens) - 0.42, f"{round(context / 1000)}k ", ha="right", va="top", color=RED)
-    axes.set(xscale="log", ylim=(-0.6, len(tokens) - 0.4), xlabel="tokens in a story (log scale); dashed: contexts")
+    axes.set(
+        xscale="log",
+        ylim=(-0.6, len(tokens) - 0.4),
+        xlabel="tokens in a story (log scale); dashed: contexts. Height within a band means nothing",
+    )
     axes.set(title="Stories against the context: what stands right of a line is cut there")
     axes.set_yticks(range(len(tokens)), list(tokens))
     axes.set_xticks([128, 256, 512, 1024, 2048, 4096, 8192], ["128", "256", "512", "1,024", "2,048", "4,096", "8,192"])
@@ -235,7 +241,7 @@ def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], cont
     axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample")
     axes.set(title="Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence")
     axes.grid(False)
-    return finish(figure, f"Strips that mark the trained tokens of the same story under {', '.join(masks)}.")
+    return finish(figure, f"Strips that mark the trained tokens of the same story. Strips: {'; '.join(masks)}.")
 
 
 def plot_packed_rows(rows: Sequence[Sequence[int]], context: int, names: Sequence[Sequence[str]]) -> Figure:
@@ -283,7 +289,8 @@ def plot_attention_blocks(position_ids: Sequence[int]) -> Figure:
 
 # ------------------------------------------------------------------------------------ routers and experts (notebook 03)
 
-EXPERT_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK)
+GOLD = "#B8A000"  # Okabe and Ito's yellow, darker: small marks of the other one vanish on a white page
+EXPERT_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GOLD, BLACK)
 
 
 def _box(axes, x: float, y: float, text: str, width: float, height: float = 0.12, fill: str = "white", **look) -> None:
@@ -339,18 +346,25 @@ def plot_router_plane(panels: dict[str, tuple[Sequence, Sequence, Sequence[int]]
     """
     figure, row = new_figure(8.0, 3.9, columns=len(panels), sharex=True, sharey=True)
     for axes, (title, (tokens, router, chosen)) in zip(row, panels.items(), strict=True):
+        arrows = [(float(x), float(y)) for x, y in router]
+        places = [k / 25 - 3.2 for k in range(161)]
+        best = [[max(range(len(arrows)), key=lambda e: arrows[e][0] * x + arrows[e][1] * y) % 8 for x in places] for y in places]
+        look = dict(cmap=ListedColormap(EXPERT_COLOURS), vmin=0, vmax=7, alpha=0.15, interpolation="nearest")
+        axes.imshow(best, extent=(-3.2, 3.2, -3.2, 3.2), origin="lower", **look)
         for e, (colour, marker) in enumerate(zip(EXPERT_COLOURS, "osD^Pv*X", strict=True)):
             mine = [t for t, first in zip(tokens, chosen, strict=True) if int(first) % 8 == e]
             x, y = ([float(t[i]) for t in mine] for i in (0, 1))
             axes.scatter(x, y, c=colour, marker=marker, s=16, alpha=0.8, edgecolors=BLACK, linewidths=0.2)
-        for e, (x, y) in enumerate(router):
-            x, y = float(x), float(y)
-            axes.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="->", color=BLACK, lw=1.4))
+        for e, (x, y) in enumerate(arrows):
+            axes.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="->", color=BLACK, lw=0.9, mutation_scale=8, shrinkB=0))
             box = dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor=EXPERT_COLOURS[e % 8], lw=2)
-            axes.text(1.22 * x, 1.22 * y, str(e), ha="center", va="center", fontsize=9, bbox=box)
+            far = 2.85 / math.hypot(x, y)  # out where the tokens are few
+            axes.text(far * x, far * y, str(e), ha="center", va="center", fontsize=9, bbox=box)
         axes.set(title=title, xlabel="hidden feature 0", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+        axes.grid(False)
     row[0].set_ylabel("hidden feature 1")
-    return finish(figure, "Points in a plane; each goes to the expert whose router row, an arrow, it points along most.")
+    return finish(figure, "Points in a plane; each goes to the expert whose router row, an arrow, it points along most. "
+                          "The ground is tinted in its expert's colour.")  # fmt: skip
 
 
 def plot_saturation(scales: Sequence[float], top: Sequence[float], entropy: Sequence[float], slope: Sequence[float]) -> Figure:
@@ -397,7 +411,7 @@ def plot_z_descent(logits: Sequence[Sequence[float]], logsumexp: Sequence[float]
 
 
 def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], quantities: dict[str, str]) -> Figure:
-    """Log rows by step. runs: group → name of run → rows; quantities: key in the rows → axis title. One row of panels a group."""
+    """Log rows by step. runs: group → name of run → rows; quantities: key in the rows → axis title. A row of panels per group."""
     figure, grid = new_figure(11.0, 2.6 * len(runs), rows=len(runs), columns=len(quantities), sharex=True, sharey="col")
     looks = ((BLACK, ":"), (SKY, "--"), (RED, "-"), (GREEN, "-."))
     for line, (group, members) in zip(grid, runs.items(), strict=True):
@@ -410,7 +424,7 @@ def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], qua
         axes.set_xlabel("step")
         axes.locator_params(axis="x", nbins=4)
     grid[0][0].legend(fontsize=8)
-    return finish(figure, f"{', '.join(quantities.values())} by training step for {', '.join(runs)}, one line a run.")
+    return finish(figure, f"By training step: {', '.join(quantities.values())}. Rows: {'; '.join(runs)}. One line per run.")
 
 
 def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
@@ -431,7 +445,7 @@ def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
     figure.colorbar(image, ax=list(row[0]), label="share of assignments", format=lambda v, _: f"{v:.0%}")
     return finish(
         figure,
-        f"Share of assignments of {experts} experts in {layers} layers ({', '.join(tables)}); balance is {1 / experts:.1%}.",
+        f"Share of assignments of {experts} experts in {layers} layers: {'; '.join(tables)}. Balance is {1 / experts:.1%}.",
     )
 
 
@@ -444,7 +458,7 @@ def plot_expert_boxes(layouts: dict[str, Sequence[tuple[int, int, int]]]) -> Fig
     for axes, (title, boxes) in zip(row, layouts.items(), strict=True):
         top = 0
         for e, (used, padding, dropped) in enumerate(boxes):
-            labels = ("an assignment", "padding", "dropped") if e == 0 else (None,) * 3
+            labels = ("assignments", "padding", "dropped") if e == 0 else (None,) * 3
             axes.bar(e, used, 0.94, bottom=top, color=BLUE, edgecolor="white", lw=0.5, label=labels[0])
             axes.bar(e, padding, 0.94, bottom=top + used, color="white", hatch="////", edgecolor=ORANGE, lw=0.5, label=labels[1])
             top += used + padding
@@ -456,4 +470,4 @@ def plot_expert_boxes(layouts: dict[str, Sequence[tuple[int, int, int]]]) -> Fig
     row[0].set(ylabel="row")
     row[0].invert_yaxis()
     row[0].legend(loc="lower left", fontsize=8)
-    return finish(figure, f"Rows that the experts compute, one box an expert down the diagonal: {'; '.join(layouts)}.")
+    return finish(figure, f"Rows that the experts compute, one box per expert down the diagonal. Layouts: {'; '.join(layouts)}.")

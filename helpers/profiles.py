@@ -7,6 +7,7 @@ NF4 with double quantisation, in every expert. What differs from the card's reci
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,6 +47,27 @@ class Profile:
     seed: int = 42
     reasons: tuple[str, ...] = field(default=())
 
+    def __post_init__(self):
+        counts = ("context", "micro_batch", "accumulation", "lora_r", "lora_alpha", "save_steps")
+        wrong = [f"{n} must be a whole number of at least 1" for n in counts if not (_whole(v := getattr(self, n)) and v >= 1)]
+        if not _whole(self.max_steps) or (self.max_steps < 1 and self.max_steps != -1):
+            wrong.append("max_steps must be a whole number of at least 1, or -1 for as many as the epochs take")
+        if not _whole(self.warmup_steps) or self.warmup_steps < 0:
+            wrong.append("warmup_steps must be a whole number of at least 0")
+        if not _whole(self.seed) or not 0 <= self.seed < 2**32:
+            wrong.append("seed must be a whole number from 0 to 4,294,967,295")
+        wrong += [
+            f"{n} must be a number above 0" for n in ("learning_rate", "epochs") if not _finite(getattr(self, n), above=True)
+        ]
+        wrong += [f"{n} must be a number of at least 0" for n in ("z_coef", "balance_coef") if not _finite(getattr(self, n))]
+        if not 0 <= self.lora_dropout < 1:
+            wrong.append("lora_dropout must be a number from 0 to below 1")
+        if not 0 <= self.omit <= 1:
+            wrong.append("omit must be a share from 0 to 1")
+        if wrong:
+            named = [f"{text}, not {getattr(self, text.split()[0])!r}" for text in wrong]
+            raise ValueError(f"profile {self.name}: {'; '.join(named)}")
+
     @property
     def tokens_per_step(self) -> int:
         return self.context * self.micro_batch * self.accumulation
@@ -55,6 +77,14 @@ class Profile:
         """`base`, with the shipped model's folder made absolute."""
         local = ROOT / self.base
         return str(local) if local.is_dir() else self.base
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: float, above: bool = False) -> bool:
+    return math.isfinite(value) and (value > 0 if above else value >= 0)
 
 
 FEW = (

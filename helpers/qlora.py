@@ -9,43 +9,53 @@ unquantised model, and the other way round.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import bitsandbytes.functional as bnbf
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.lora.bnb import Linear4bit as StockLoraLinear4bit
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from helpers import experts
 from helpers.quantization import router_modules
 
 DROPOUT_FILE = "training_dropout.json"
+NO_STOCK_MERGE = (
+    "PEFT cannot merge into packed weights: use helpers.qlora.merge, or merge_4bit. If layers without packed weights came "
+    "before this one, they are merged now: load the model again"
+)
 
 
 class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by this very class name
     """PEFT's parameter wrapper without the product: LoRA factors go to the experts function as `experts.Factors`.
 
     For a 2-D parameter (a router, E × H) the product is small and is formed as in PEFT, without dropout: the router's
-    input cannot be reached from here.
+    input cannot be reached from here. But the sum W + B·A is formed in fp32, and the router runs in fp32 (`_run_in_fp32`).
     """
 
     def __init__(self, base_layer, adapter_name, parameter_name, config, **kwargs):
-        self.expert_dropout: dict[str, float] = {adapter_name: config.lora_dropout}
+        self.expert_dropout: dict[str, float] = {}
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
+        self.expert_dropout[adapter_name] = config.lora_dropout  # update_layer saw it without
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
-        # a second adapter comes this way; the first one too, but its dropout was noted, and taken away, before
-        self.expert_dropout.setdefault(adapter_name, config.lora_dropout)
+        self.expert_dropout[adapter_name] = config.lora_dropout
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_without_dropout(config), **kwargs)
 
     def _get_in_out_features(self, module):
@@ -68,6 +78,31 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
             dropout=self.expert_dropout[adapter],
             scale=self.scaling[adapter],
         )
+
+    def forward(self, x: torch.Tensor, *args, **kwargs):
+        base = self.get_base_layer()
+        adapters = [] if self.disable_adapters or self.merged else [a for a in self.active_adapters if a in self.lora_A]
+        if self._param_ndim != 2 or not adapters or base is not self.base_layer or experts.is_experts(base):
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        return self._run_in_fp32(base, adapters, x, *args, **kwargs)
+
+    def _run_in_fp32(self, base: nn.Module, adapters: list[str], x: torch.Tensor, *args, **kwargs):
+        """The router with W + Σ s·B·A, everything in fp32 (float64 stays float64), whatever autocast says.
+
+        bf16 has 8 significant bits. Beside a weight of 0.05, the 1e-4 that a few steps move it by are rounded away, and the
+        router learns nothing. The logits stay in fp32, which is also what the router losses want. In fp32 the bits are PEFT's.
+        """
+        weight = self.get_param()
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, x.dtype), torch.float32)
+        with experts.no_autocast(x):
+            products = [self.lora_B[a].weight.to(dtype) @ self.lora_A[a].weight.to(dtype) * self.scaling[a] for a in adapters]
+            own = chain(base.named_parameters(), base.named_buffers())  # a bias must not stay behind in half precision
+            values = {n: t.to(torch.promote_types(t.dtype, dtype)) for n, t in own if t.is_floating_point()}
+            values[self.parameter_name] = weight.to(dtype) + (products[0] if len(products) == 1 else sum(products))
+            out = functional_call(base, values, (x.to(dtype), *args), kwargs)
+        # What comes after logits, routing weights and experts (Inkling's shared experts' gates) meets weights of x's dtype.
+        return (*out[:3], *(t.to(x.dtype) for t in out[3:])) if isinstance(out, tuple) else out
 
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters):
@@ -96,8 +131,22 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
 
     def merge(self, safe_merge=False, adapter_names=None):
         if isinstance(self.get_param(), Params4bit):
-            raise NotImplementedError("PEFT cannot merge into packed weights: use helpers.qlora.merge, or merge_4bit")
+            raise NotImplementedError(NO_STOCK_MERGE)
         super().merge(safe_merge, adapter_names)
+
+
+class LoraLinear4bit(StockLoraLinear4bit):
+    """PEFT's LoRA on a 4-bit linear layer, but for `merge`: PEFT would merge layer 0's attention and then fail at its experts."""
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        raise NotImplementedError(NO_STOCK_MERGE)
+
+
+class QLoraModel(PeftModelForCausalLM):
+    """PEFT's model; later adapters (`add_adapter`, `load_adapter`) get this module's layers as well."""
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args, **kwargs) -> None:
+        super().add_adapter(adapter_name, _use_our_layers(peft_config, self.get_base_model()), *args, **kwargs)
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:
@@ -170,10 +219,10 @@ def _adapted_by_weight(module: nn.Module, routers: list[nn.Module]) -> bool:
     return type(module) is not nn.Linear and own is not None and own.ndim == 2 and any(module is m for m in routers)
 
 
-def _use_our_wrapper(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def _use_our_layers(config: LoraConfig, model: nn.Module) -> LoraConfig:
     routers = router_modules(model)
     kinds = {type(m) for m in model.modules() if experts.is_experts(m) or _adapted_by_weight(m, routers)}
-    config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
+    config._register_custom_module(dict.fromkeys(kinds, ParamWrapper) | {Linear4bit: LoraLinear4bit})
     return config
 
 
@@ -188,32 +237,49 @@ def add_lora(
 ) -> PeftModel:
     """The model with fresh, trainable adapters (fp32). `attention` stands for all linear layers outside the router.
 
-    Raises RuntimeError if a requested part got none.
+    Raises RuntimeError if a requested part got none, ValueError for a model that has adapters already.
     """
+    _has_none_yet(model)
     config = lora_config(model, r, alpha, dropout, attention=attention, experts_too=experts, router=router)
-    peft_model = get_peft_model(model, _use_our_wrapper(config, model))
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    peft_model = QLoraModel(model, _use_our_layers(config, model))
     check_adapters(peft_model, config)
     return peft_model
 
 
 def load_lora(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """The model with a saved adapter, from this course or from stock PEFT; `trainable` brings back its training dropout."""
+    """The model with a saved adapter, from this course or from stock PEFT; `trainable` brings back its training dropout.
+
+    For a second adapter: `load_adapter` of what this returns (without its training dropout). Raises RuntimeError if a part that
+    the adapter's configuration names is not in the model, ValueError for a model that has adapters already.
+    """
+    _has_none_yet(model)
     config = PeftConfig.from_pretrained(str(folder))
-    if not trainable:
-        config.inference_mode = True
-    elif (kept := Path(folder) / DROPOUT_FILE).is_file():
+    config.inference_mode = not trainable
+    if trainable and (kept := Path(folder) / DROPOUT_FILE).is_file():
         config.lora_dropout = json.loads(kept.read_text())["lora_dropout"]
-    peft_model = PeftModel.from_pretrained(model, str(folder), config=_use_our_wrapper(config, model), is_trainable=trainable)
+    peft_model = QLoraModel(model, _use_our_layers(config, model))
+    if missing := peft_model.load_adapter(str(folder), "default", is_trainable=trainable).missing_keys:
+        warnings.warn(f"{folder} has no values for {len(missing)} tensors of its adapter, as {missing[0]}", stacklevel=2)
     check_adapters(peft_model, config)
     return peft_model
+
+
+def _has_none_yet(model: nn.Module) -> None:
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "this model has adapters already: load it again, or call add_adapter or load_adapter of the adapted model"
+        )
 
 
 def check_adapters(model: PeftModel, config: LoraConfig) -> None:
     """Every target of the configuration has an adapter: PEFT itself only warns when a name matches nothing."""
     adapted = {n for n, _ in model.named_modules() if n.endswith(".lora_A")}
-    wrapped = {m.parameter_name for m in model.modules() if isinstance(m, StockParamWrapper)}
+    # the weight of a linear layer gets PEFT's adapter for linear layers where it is packed
+    layers = [(_plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    parameters = [f".{name}.{getattr(m, 'parameter_name', 'weight')}" for name, m in layers]
     for target in config.target_parameters or []:
-        if target.rpartition(".")[2] not in wrapped:
+        if not any(name.endswith(f".{target}") for name in parameters):
             raise RuntimeError(f"no adapter was put on {target}: PEFT found no parameter of this name")
     if isinstance(config.target_modules, str):  # a pattern, or "all-linear", of a stock adapter
         if not adapted:
@@ -246,7 +312,8 @@ def save_lora(model: PeftModel, folder: str | Path) -> Path:
     """Write the adapter so that stock PEFT loads it, on the same base in bf16 or in this course's 4 bit.
 
     Stock PEFT refuses a configuration with dropout on parameters, even for inference, where dropout does nothing. The
-    configuration therefore says 0, and the training value is kept beside it for `load_lora(..., trainable=True)`.
+    configuration therefore says 0, and the training value is kept beside it for `load_lora(..., trainable=True)`. As in PEFT,
+    adapters that are not called "default" get subfolders of their names.
     """
     folder = Path(folder)
     kept = {}
@@ -259,40 +326,99 @@ def save_lora(model: PeftModel, folder: str | Path) -> Path:
     finally:
         for name, dropout in kept.items():
             model.peft_config[name].lora_dropout = dropout
-    (folder / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": kept[model.active_adapter]}) + "\n")
+    for name, dropout in kept.items():
+        place = folder if name == "default" else folder / name
+        (place / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": dropout}) + "\n")
     return folder
 
 
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
-def _deltas(model: PeftModel) -> dict[str, list[experts.Factors]]:
-    """Name of an adapted parameter in the plain model → factors of its active adapters, with a leading expert dimension."""
-    found: dict[str, list[experts.Factors]] = defaultdict(list)
+Deltas = dict[str, list[experts.Factors]]
+
+
+def _trained(model: PeftModel) -> tuple[Deltas, dict[str, nn.Module]]:
+    """What the active adapters bring, under the names of the plain model.
+
+    Returns the factors of each adapted parameter, with a leading expert dimension, and the trained copies of whole modules
+    (PEFT's `modules_to_save`). ValueError if merging them would lose something, or add it twice.
+    """
+    deltas: Deltas = defaultdict(list)
+    copies = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
             continue
-        own = getattr(module, "parameter_name", "weight")
-        for adapter in (a for a in module.active_adapters if a in module.lora_A):
-            if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
-                raise ValueError(f"{name}: DoRA and adapter biases cannot be merged here")
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            if isinstance(module, ParamWrapper) and module._param_ndim == 3:
-                factors = module.factors(adapter)
-            else:
-                factors = experts.Factors(a.unsqueeze(0), b.unsqueeze(0), scale=module.scaling[adapter])
-            found[f"{_plain_name(name)}.{own}"].append(factors)
-    return found
+        if module.disable_adapters:
+            raise ValueError(f"{name}: its adapters are disabled, so there is nothing to merge: enable them first")
+        if module.merged_adapters:
+            raise ValueError(f"{name}: PEFT has merged {module.merged_adapters} into it already: load the model again")
+        if isinstance(module, ModulesToSaveWrapper):
+            copies |= {_plain_name(name): module.modules_to_save[a] for a in module.active_adapters}
+        elif isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                if any(adapter in getattr(module, kind) for kind in module.adapter_layer_names):
+                    own = getattr(module, "parameter_name", "weight")
+                    deltas[f"{_plain_name(name)}.{own}"].append(_factors(name, module, adapter))
+        else:
+            raise ValueError(f"{name}: {type(module).__name__} cannot be merged here: train without it")
+    if not deltas and not copies:
+        raise ValueError("the model has no active adapter, so there is nothing to merge: call set_adapter first")
+    return deltas, copies
+
+
+def _factors(name: str, module: LoraLayer, adapter: str) -> experts.Factors:
+    kinds = {kind for kind in module.adapter_layer_names if adapter in getattr(module, kind)}
+    if isinstance(module, StockParamWrapper) and not isinstance(module, ParamWrapper):
+        raise ValueError(f"{name}: its adapter is one of stock PEFT: make it with helpers.qlora's add_lora or load_lora")
+    if module.use_dora.get(adapter) or module.lora_bias.get(adapter) or adapter in module.lora_variant:
+        raise ValueError(f"{name}: DoRA, adapter biases and other variants of LoRA cannot be merged here")
+    base = module.get_base_layer()
+    if kinds != {"lora_A", "lora_B"} or not (isinstance(module, ParamWrapper) or isinstance(base, nn.Linear)):
+        raise ValueError(f"{name}: only LoRA on linear layers and on parameters can be merged here, not on {type(base).__name__}")
+    if isinstance(module, ParamWrapper) and module._param_ndim == 3:
+        return module.factors(adapter)
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return experts.Factors(a.unsqueeze(0), b.unsqueeze(0), scale=module.scaling[adapter])
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+
+
+def merge_plan(model: PeftModel, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, torch.Tensor], Deltas]:
+    """(the plain model on the meta device, the tensor that now holds each of its values, what is to be added), by name.
+
+    ValueError if something that the active adapters bring would have no place there. Takes no memory.
+    """
+    base, (deltas, copies) = model.get_base_model(), _trained(model)
+    settings = base.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
+    sources = {}
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            sources[_plain_name(name)] = tensor
+    for place, module in copies.items():
+        sources |= {f"{place}.{name}": t for name, t in chain(module.named_parameters(), module.named_buffers())}
+    names = {name for name, _ in plain.named_parameters()}
+    if homeless := sorted(set(deltas) - names):
+        raise ValueError(f"adapters on {homeless} have no parameter of their own to be merged into")
+    if unknown := sorted((names | {name for name, _ in plain.named_buffers()}) - set(sources)):
+        raise ValueError(f"the adapted model has no values for {unknown}")
+    for one, other in plain.all_tied_weights_keys.items():
+        if sources[one] is not sources[other]:
+            raise ValueError(f"{one} and {other} are one tensor in the plain model, but were trained apart: adapt neither")
+    return plain, sources, deltas
 
 
 def _merged(weight: torch.Tensor, factors: list[experts.Factors]) -> Iterator[torch.Tensor]:
     """W_e + Σ s·B_e·A_e in fp32, (out, in) expert by expert; a plain matrix counts as one expert."""
     if isinstance(weight, Params4bit) and len(weight.quant_state.shape) == 2:
-        matrices = iter([bnbf.dequantize_4bit(weight.data, weight.quant_state).float()])
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32  # not that of the run, which would round before anything is added
+        matrices = iter([bnbf.dequantize_4bit(weight.data, state)])
     elif len(experts.stack_shape(weight)) == 3:
         unpack = experts.Unpacker(weight, torch.float32)
         matrices = (unpack(e) for e in range(experts.stack_shape(weight)[0]))
@@ -323,25 +449,19 @@ def merge(model: PeftModel, dtype: torch.dtype | str = torch.bfloat16) -> PreTra
     Sums are formed in fp32 and rounded once, so each weight is off by at most 2⁻⁸ of itself in bf16 (2⁻¹¹ in fp16, nothing
     in fp32), and so are the logits of most tokens; a router that is nearly undecided can be tipped by it. Needs the memory of
     the unquantised model beside the 4-bit one: 93 GB for Mixtral-8x7B. `model` stays as it is; `save_pretrained` of the result
-    writes the family's ordinary checkpoint.
+    writes the family's ordinary checkpoint. Modules that were trained whole (PEFT's `modules_to_save`) replace the old ones.
+
+    Raises ValueError, before anything is computed, for what cannot be merged: other adapters than LoRA on linear layers and
+    parameters, disabled ones, and those that PEFT has merged already.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    base, deltas = model.get_base_model(), _deltas(model)
-    settings = base.config.to_dict()
-    settings.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
-    sources = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    plain, sources, deltas = merge_plan(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     for name, empty in list(plain.named_parameters()):
-        value = merged_value(empty, sources[name], deltas.pop(name, []))
+        value = merged_value(empty, sources[name], deltas.get(name, []))
         _set(plain, name, nn.Parameter(value, requires_grad=False))
-    if deltas:
-        raise ValueError(f"adapters on {sorted(deltas)} have no parameter to be merged into")
-    buffers = {_plain_name(n): b for n, b in model.named_buffers()}
     for name, _ in list(plain.named_buffers()):
-        _set(plain, name, buffers[name].clone())
+        _set(plain, name, sources[name].clone())
     plain.tie_weights()
-    plain.generation_config = base.generation_config
+    plain.generation_config = model.get_base_model().generation_config
     return plain.eval()
 
 
@@ -357,11 +477,14 @@ def merge_4bit(model: PeftModel) -> tuple[PreTrainedModel, list[dict]]:
     A packed weight has to be rounded to 16 levels a second time, which may be more than the adapter changed. The rows, one an
     adapted parameter: `change` = ‖Δ‖ / ‖W‖, `error` = ‖what is stored − (W + Δ)‖ / ‖Δ‖ (above 1, more was lost than the
     adapter brought), `kept` = ⟨stored − W, Δ⟩ / ‖Δ‖². Unquantised weights (a router) are rounded to their own dtype only.
+    Raises ValueError for what `merge` refuses.
     """
     rows = []
-    parameters = {_plain_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
-    deltas = _deltas(model)
+    deltas, copies = _trained(model)
+    _, parameters, _ = merge_plan(model, torch.float32)
     base = model.unload()  # takes the adapters' modules away; their factors live on in `deltas`
+    for name, module in copies.items():  # PEFT has put the old module back
+        base.set_submodule(name, module.requires_grad_(False))
     for name, factors in deltas.items():
         old = parameters[name]
         if not isinstance(old, Params4bit):

@@ -197,14 +197,14 @@ def load_4bit(
     hub = {k: v for k, v in kwargs.items() if k in checkpoints.HUB_OPTIONS}
     config = AutoConfig.from_pretrained(path_or_id, **hub)
     saved = getattr(config, "quantization_config", None)
+    saved = saved if saved is None or isinstance(saved, dict) else saved.to_dict()
     stored = checkpoints.read_headers(path_or_id, **hub)
-    made_with = None if saved is None else (saved if isinstance(saved, dict) else saved.to_dict()).get("bnb_4bit_compute_dtype")
-    made_with, dtype = (getattr(torch, d) if isinstance(d, str) else d for d in (made_with, dtype))
-    dtype = dtype or made_with or torch.bfloat16
+    made_with = None if saved is None else _as_dtype(saved.get("bnb_4bit_compute_dtype"))
+    dtype = _as_dtype(dtype) or made_with or torch.bfloat16
     if saved is None:
         kwargs["quantization_config"] = Nf4MoeConfig(dtype, double_quant)
         checkpoints.check_fits(stored, config)
-    elif (saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method) != METHOD:
+    elif saved.get("quant_method") != METHOD:
         raise ValueError(f"{path_or_id} is already quantised with another method: load the unquantised model instead")
     else:
         checkpoints.check_packed(stored, config)
@@ -215,21 +215,28 @@ def load_4bit(
     return _finish(model, dtype)
 
 
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's dtype of a name; None for none and for "auto"."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is no dtype to compute in: say 'bfloat16', 'float16' or 'float32'")
+    return found
+
+
 def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     model.set_experts_implementation(experts.NAME)
     model.config.quantization_config.bnb_4bit_compute_dtype = dtype  # of a saved model it may have been another
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
+            # On CPUs with AVX512-BF16 bitsandbytes would repack the weights, in place, at the first forward pass in eval mode.
+            # What reads them afterwards (training, merging, saving) would take them for what they were.
+            module.support_avx512bf16_for_cpu = False
     for param in model.parameters():
         if isinstance(param, Params4bit) and param.quant_state is not None:
             param.quant_state.dtype = dtype
-    if dtype == torch.float32:
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in eval mode and multiply in bf16: not what
-                # was asked for, and other numbers than on the next machine.
-                module.support_avx512bf16_for_cpu = False
     audit(model).check()
     return model
 

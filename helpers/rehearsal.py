@@ -3,7 +3,12 @@
 On torch's meta device a tensor is a shape and a dtype. So the whole step (4-bit experts with their adapters, router losses,
 checkpointing, the loss in chunks, backward) can be run for Mixtral-8x7B on a laptop in seconds: what does not fit together in
 shape or dtype fails here, and what is alive at one time can be counted without a GPU. That is another way to the number that
-`budget` calculates. Not seen are speed, what kernels take for themselves, and memory that the allocator cannot use.
+`budget` calculates. Not seen are what kernels take for themselves, and memory that the allocator cannot use.
+
+Counted, too, is the work of every kernel: its FLOPs, and the bytes that it has to read and write. No GPU can be done with a
+kernel before it has multiplied at its top speed and moved the bytes at its top speed, whichever takes longer (the roofline of
+Williams, Waterman and Patterson, 2009). The sum is a time that a real step cannot go below; how far above it is, only a
+measurement says.
 
 Three things stand in for what a meta tensor cannot have: tokens are shared out evenly among the experts; every token is trained,
 so the loss is at its largest; a row is one document, through the operator of the flash kernel.
@@ -11,12 +16,15 @@ so the loss is at its largest; a row is one document, through the operator of th
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig
 
 from helpers import budget, losses, qlora, quantization
@@ -25,16 +33,44 @@ from helpers.router_losses import attach_router_losses
 
 ATTENTION = "rehearsal"
 
+# Of NVIDIA's data sheets: FLOP/s of dense 16-bit matrix products, and bytes/s of the memory.
+SPEEDS = {
+    "T4": (65e12, 320e9),
+    "L4": (121e12, 300e9),
+    "A100-40": (312e12, 1555e9),
+    "A100-80": (312e12, 2039e9),
+    "H100": (989e12, 3350e9),
+    "H200": (989e12, 4800e9),
+}
+
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes of a step: what stays, and the most that its tensors take beside that at one time."""
+    """Bytes of a pass (a micro-batch forward and backward): what stays, and the most that its tensors take beside that at once.
+
+    `kernels` says how often one with (FLOPs, bytes to move) runs.
+    """
 
     rows: int
     tokens: int  # a row
     weights: int  # with their scales, and adapters
     gradients: int  # and Adam's two moments
     activations: int
+    kernels: Counter[tuple[int, int]]
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and attention, recomputation included."""
+        return sum(times * flops for (flops, _), times in self.kernels.items())
+
+    def least_seconds(self, gpu: str) -> float:
+        """What a pass takes at least on a GPU of `SPEEDS`, each kernel at the data sheet's speed."""
+        multiplied, moved = SPEEDS[gpu]
+        return sum(times * max(flops / multiplied, size / moved) for (flops, size), times in self.kernels.items())
+
+    def bound(self, gpu: str) -> str:
+        seconds = self.least_seconds(gpu)
+        return f"{gpu}: at least {seconds:.2f} s, at most {self.rows * self.tokens / seconds:,.0f} tokens/s"
 
     @property
     def peak(self) -> int:
@@ -77,9 +113,58 @@ class _Autocast(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear:
+        if func is F.linear and torch.is_autocast_enabled("cuda"):
             args = [a.to(self.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+        if func is F.dropout:  # the kernel that CUDA has for it; elsewhere it is made of several
+            rest = dict(zip(("p", "training"), args[1:], strict=False)) | (kwargs or {})
+            return torch.native_dropout(args[0], rest.get("p", 0.5), rest.get("training", True))[0]
         return func(*args, **(kwargs or {}))
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts kernels by (FLOPs, bytes to move). Unless it knows better, a kernel reads its inputs and writes its outputs."""
+
+    NONE = frozenset({"_unsafe_view", "_reshape_alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"})
+    WRITES = frozenset({"bernoulli_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "new_full", "full_like"})
+
+    def __init__(self):
+        super().__init__()
+        self.found: Counter[tuple[int, int]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and name not in self.NONE:
+            self.found[self.flops(name, args, out), self.moved(name, args, kwargs, out)] += 1
+        return out
+
+    @staticmethod
+    def flops(name: str, args, out) -> int:
+        if name in ("mm", "bmm", "addmm", "addmm_"):
+            first, second = args[-2:] if name != "bmm" else args[:2]
+            return 2 * first.numel() * second.shape[-1]
+        if name == "gemm_4bit":  # bitsandbytes' linear layer
+            return 2 * args[0].numel() * out.shape[-1]
+        if "flash_attention" in name:  # queries and keys, weights and values, half of them masked; backward has five products
+            query = args[1 if "backward" in name else 0]
+            batch, heads, tokens, size = query.shape
+            return (5 if "backward" in name else 2) * batch * heads * tokens**2 * size
+        return 0
+
+    @classmethod
+    def moved(cls, name: str, args, kwargs, out) -> int:
+        def size(*values) -> int:
+            tensors = {id(t): t for t in tree_leaves(values) if isinstance(t, torch.Tensor)}.values()
+            return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+
+        if name in cls.WRITES:
+            return size(out)
+        if name in ("index", "embedding", "gather"):  # of the table, only what is taken out
+            return 2 * size(out)
+        if name in ("index_put_", "copy_"):
+            return 2 * size(args[2] if name == "index_put_" else args[1])
+        return size(args, kwargs) + size(out)
 
 
 def rehearse(
@@ -104,7 +189,7 @@ def rehearse(
     for p in adapters:  # those of the first micro-batch
         p.grad = torch.zeros_like(p)
     base, ids = model.get_base_model(), torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    with budget.LiveBytes() as live:
+    with _Kernels() as kernels, budget.LiveBytes() as live:
         with _Autocast(dtype), losses.head_input(base) as caught:
             model(input_ids=ids, use_cache=False)
         hidden = caught.pop().flatten(0, 1)
@@ -113,4 +198,5 @@ def rehearse(
         loss.backward()
     handle.verify()
     weights = sum(part.bytes for part in quantization.audit(model).parts.values())
-    return Rehearsal(rows, tokens, weights, sum(3 * p.numel() * p.element_size() for p in adapters), live.peak)
+    gradients = sum(3 * p.numel() * p.element_size() for p in adapters)
+    return Rehearsal(rows, tokens, weights, gradients, live.peak, kernels.found)

@@ -7,11 +7,12 @@ adapters or settings can never be mixed, and changed settings leave the old file
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,24 +29,45 @@ def recorded_replies(
     progress: Progress | None = None,
     folder: str | Path | None = None,
 ) -> list[Reply]:
-    """`generate_replies`, but those that `folder` holds already are read; new ones are written as their batch finishes."""
+    """`generate_replies`, but those that `folder` holds already are read; new ones are written as their batch finishes.
+
+    torch.OutOfMemoryError says which batch size to try, and that what is written is kept.
+    """
     sampling = sampling or SAMPLERS["course"]
     prompts = numbered(prompts)
     keys = [f"{stream_seed(p, sampling.seed):014x}" for p in prompts]
     if folder is None:
-        return [r for _, r in sorted(iterate_replies(model, tokenizer, prompts, sampling, batch_size, progress))]
+        with _advice(batch_size):
+            return [r for _, r in sorted(iterate_replies(model, tokenizer, prompts, sampling, batch_size, progress))]
     file = Path(folder) / f"replies-{fingerprint(model, sampling)}.jsonl"
     known = _read(file)
     missing = [i for i, key in enumerate(keys) if key not in known]
     if missing:
         file.parent.mkdir(parents=True, exist_ok=True)
         wanted = [prompts[i] for i in missing]
-        with file.open("a", encoding="utf-8", newline="\n") as out:
+        with file.open("a", encoding="utf-8", newline="\n") as out, _advice(batch_size, file):
             for k, reply in iterate_replies(model, tokenizer, wanted, sampling, batch_size, progress):
                 known[keys[missing[k]]] = reply
                 out.write(json.dumps({"key": keys[missing[k]], **dataclasses.asdict(reply)}, ensure_ascii=False) + "\n")
                 out.flush()
     return [known[key] for key in keys]
+
+
+@contextlib.contextmanager
+def _advice(batch_size: int, file: Path | None = None) -> Iterator[None]:
+    """torch's message of a lack of memory names bytes; what helps is a smaller batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = (str(error).splitlines() or ["out of memory"])[0]
+        if batch_size > 1:
+            todo = (
+                f"{batch_size} rows at once are too many: try half, batch_size={batch_size // 2} (--batch-size {batch_size // 2})"
+            )
+        else:
+            todo = "even one row is too much: a smaller max_new_tokens or shorter conversations need less"
+        kept = f"; the replies of finished batches are kept in {file}, and are not made again" if file else ""
+        raise torch.OutOfMemoryError(f"{first.rstrip('.')}. {todo}{kept}") from None
 
 
 def _read(file: Path) -> dict[str, Reply]:

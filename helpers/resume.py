@@ -24,17 +24,21 @@ from transformers import TrainerCallback
 from helpers.checkpoints import identity
 from helpers.data import Corpus
 from helpers.profiles import Profile
-from helpers.run_log import Log, write_json
+from helpers.run_log import Log, read_json, read_log, write_json
 
 MARK, PROGRESS = "complete.json", "progress.json"
 DELETED = "deleted-"
 NOT_COMPARED = ("reasons", "memory_gib", "save_steps")  # of a profile: they may change while a run rests
 
 
-def settings(profile: Profile, corpus: Corpus | None = None) -> dict[str, Any]:
-    """What must be unchanged for a run to be continued: profile, the base's weights, data; without a corpus, not the data."""
+def settings(profile: Profile, corpus: Corpus | None = None, processes: int | None = None) -> dict[str, Any]:
+    """What must be unchanged for a run to be continued: profile, the base's weights, data, number of processes.
+
+    What is not given (corpus, processes) is not compared: for a finished run, say, it no longer matters how many made it.
+    """
     kept = {k: v for k, v in dataclasses.asdict(profile).items() if k not in NOT_COMPARED}
-    return {"profile": kept, "base": identity(profile.base_path), "data": corpus.digest if corpus else None}
+    data = corpus.digest if corpus else None
+    return {"profile": kept, "base": identity(profile.base_path), "data": data, "processes": processes}
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -45,23 +49,43 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         changed.append(f"the weights of the base {now.get('base')!r}")
     if wanted["data"] and found["data"] != wanted["data"]:
         changed.append("the stories, their labels or the tokenizer")
+    before, here = found.get("processes"), wanted.get("processes")  # runs of older versions do not say
+    if before and here and before != here:
+        changed.append(f"{before} processes then, {here} now, and so other rows a step; start as many again")
     return "; ".join(changed)
 
 
-def check_settings(run_dir: Path, wanted: dict[str, Any]) -> None:
-    """ValueError with the difference if the folder holds a run with other settings, or what is no run at all."""
+def begun(run_dir: Path) -> bool:
+    """Is there anything that another run would destroy: a checkpoint, a row of the log, a result?"""
+    return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint-*")) or bool(read_log(run_dir))
+
+
+def check_settings(run_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """run.json of the run that is to be continued; {} if there is none, or one that failed before its first row.
+
+    ValueError with the difference if the folder holds a run with other settings, or what is no run at all.
+    """
     path = run_dir / "run.json"
     if not path.exists():
         if found := sorted(p.name for p in run_dir.glob("checkpoint-*")):
             raise ValueError(f"{run_dir} holds {found[0]} but no run.json, so it is not ours to continue: use another folder")
-        return
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         changed = difference(found, wanted)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not begun(run_dir):
+            return {}
         raise ValueError(f"{path} cannot be read ({error}): delete it with its checkpoints, or use another folder") from error
-    if changed:
+    if changed and begun(run_dir):
         raise ValueError(f"{run_dir} holds a run with other settings ({changed}): use another output folder, or delete it")
+    return {} if changed else found
+
+
+def last_step(checkpoint: Path) -> int | None:
+    """The run's number of steps, if this checkpoint was made behind the last of them; else None."""
+    state = read_json(checkpoint / "trainer_state.json", "take this checkpoint out of the folder")
+    return state["global_step"] if state["global_step"] >= state["max_steps"] else None
 
 
 def _step(folder: Path) -> int:

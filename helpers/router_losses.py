@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from helpers.losses import without_dropout
 from helpers.quantization import router_recorders
 
 Reduction = Literal["mean", "sum"]
@@ -127,6 +128,27 @@ class _Routing:
         return torch.cat([balance, (rows * self.w).sum(1), self.f]), sides.amax(1)
 
 
+class _LayerLoss(torch.autograd.Function):
+    """0, with the gradient that a layer's two losses have in its logits.
+
+    Checkpointing recomputes what autograd saves, and cannot tell in which of several forward passes. What differs from pass to
+    pass is therefore no saved tensor: it stays with the node that the forward pass made, which is the one that runs backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, chosen, weight, z_coef, balance_coef):
+        ctx.save_for_backward(logits, chosen)
+        ctx.of_this_pass = weight, z_coef, balance_coef
+        return torch.zeros((), device=logits.device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, chosen = ctx.saved_tensors
+        weight, *coefficients = ctx.of_this_pass
+        gradient = _Routing(logits, chosen, weight).gradient(*coefficients)
+        return (grad * gradient).to(logits.dtype), None, None, None, None
+
+
 _STATISTICS = ("balance", "z", "logsumexp", "entropy", "mean", "spread")
 
 
@@ -151,6 +173,20 @@ def _read(router: nn.Module, output, place: int, top_k: int | None, raw: Tensor 
     return parts, logits, carrier, chosen.long()
 
 
+@dataclass(eq=False)
+class _Pass:
+    """One forward pass of the models around the routers, with gradients on."""
+
+    mask: Tensor | None  # of real tokens, any shape; None: all are real
+    _weights: tuple[Tensor, Tensor] | None = None
+
+    def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """`_weights`, computed by the first router: the same for all layers."""
+        self._weights = self._weights or _weights(self.mask, logits)
+        weight, count = self._weights
+        return weight.to(logits.device), count.to(logits.device)
+
+
 @dataclass(repr=False)
 class RouterLosses:
     """Handle of attached losses; printed, it names coefficients and reduction. Who knows more than one pass does may set:
@@ -171,14 +207,14 @@ class RouterLosses:
     loss_scale: float = 1.0
     injected: int = 0  # gradients that went back into a router's logits
     model: nn.Module | None = None
-    _depth: int = 0  # models around the routers that are running
-    _paused: bool = False
+    _home: nn.Module | None = None  # the model that knows this handle
+    _running: list[nn.Module] = field(default_factory=list)  # models around the routers, outermost first
+    _pass: _Pass | None = None  # the one that is running; None for one that the losses have nothing to do with
     _passes: int = 0
-    _open: tuple[int, int] = (0, 0)  # passes since the last backward pass, and `injected` then
-    _mask: Tensor | None = None
-    _tokens: tuple[Tensor, Tensor] | None = None  # `_weights` of this pass, the same for all layers
+    _rerun: list[_Pass] = field(default_factory=list)  # since the last backward pass, with layers that backward runs again
+    _backward: int = 0  # `injected` when the last pass began
     _raw: dict[int, Tensor] = field(default_factory=dict)
-    _reported: dict[int, int] = field(default_factory=dict)  # layer → the last pass in which it reported
+    _reported: set[int] = field(default_factory=set)  # layers that ever did
     _records: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # sums (1 + 6 + E,), extremes (2,)
     _hooks: list = field(default_factory=list)
 
@@ -186,58 +222,71 @@ class RouterLosses:
         terms = f"loss + {self.z_coef:g} × z-loss + {self.balance_coef:g} × balancing loss (1.0 at balance)"
         return f"{terms}: mean over valid tokens, {self.reduction} over {len(self.routers)} layers"
 
-    @torch.compiler.disable  # traced, the hooks' counters would be baked in; so a compiled graph breaks here
+    @torch.compiler.disable  # traced, the hooks' state would be baked in; so a compiled graph breaks here
     def _enter(self, module, args, kwargs) -> None:
         """Before a model around the routers runs, outermost first: note its padding mask."""
-        self._depth += 1
+        self._leave(module)  # it still counts as running where Ctrl-C has cut off the pass before
+        self._running.append(module)
         if not (module.training and torch.is_grad_enabled()):  # evaluation, generation, a reference model's pass
-            self._paused = True
+            self._pass = None
             return
-        if self._depth == 1:
-            self._passes, self._mask, self._tokens = self._passes + 1, None, None
-            self._open = (self._open[0] + 1 if self._open[1] == self.injected else 1), self.injected
+        if len(self._running) == 1:
+            self._pass, self._passes = _Pass(self.valid), self._passes + 1
+            if self._backward != self.injected:
+                self._backward = self.injected
+                self._rerun.clear()
             if self._passes == 2 and (problem := self.problem()):
                 warnings.warn(f"{problem}. (Ignore this if no backward pass has run yet.)", RuntimeWarning, stacklevel=2)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if isinstance(mask, Tensor) and mask.ndim == 2:  # inner models often get 4-D masks, which do not tell padding
-            self._mask = mask
+        # Inner models often get 4-D masks, which do not tell padding.
+        if self._pass and self.valid is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            self._pass.mask = mask
 
     @torch.compiler.disable
-    def _leave(self, *_) -> None:
-        self._depth = max(0, self._depth - 1)
-        self._paused = self._paused and self._depth > 0
+    def _leave(self, module, *_) -> None:
+        if module in self._running:
+            del self._running[self._running.index(module) :]
+        if not self._running:
+            self._pass = None
 
     @torch.compiler.disable
     def _route(self, layer: int, place: int, top_k: int | None, router, _args, output):
         raw = self._raw.pop(layer, None)
-        if self._paused or not router.training:
+        again = not self._running  # no model runs: checkpointing recomputes this layer in the backward pass
+        if not router.training or (self._pass is None and not again):
             return None
         if router is not self.routers[layer]:
             raise RuntimeError("this router is a copy: attach after PEFT, and use torchrun instead of nn.DataParallel")
         parts, logits, carrier, chosen = _read(router, output, place, top_k, raw)
-        again = self._reported.get(layer) == self._passes  # recomputed by checkpointing: not a second report
-        attach = (self.z_coef or self.balance_coef) and torch.is_grad_enabled() and logits.requires_grad
-        if again and attach and self._open[0] > 1 and self._mask is not None:
-            raise RuntimeError("checkpointing, and several passes before one backward: the first one's padding mask is gone")
-        if self._tokens is None:
-            self._tokens = _weights(self.valid if self.valid is not None else self._mask, logits)
-        weight, count = (t.to(logits.device) for t in self._tokens)
-        routing = _Routing(logits, chosen, weight)
+        wanted = bool(self.z_coef or self.balance_coef)
+        if again and len(self._rerun) > 1:
+            raise RuntimeError(
+                "several forward passes before one backward pass, with reentrant checkpointing: nothing tells which pass a layer "
+                "is run again for, so the router losses might take another one's padding mask. Use use_reentrant=False, or call "
+                "backward after each pass (and attach anew if one of them shall have no backward pass)"
+            )
+        # Without reentrant checkpointing, backward goes through what the forward pass has attached: any weights will do here.
+        current = (self._rerun[0] if self._rerun else _Pass(None)) if again else self._pass
+        weight, count = current.weights(logits)
         if not again:
-            self._reported[layer] = self._passes
-            means, extremes = routing.statistics()
-            sums = torch.cat([count.reshape(1), means * count]).double()
-            if layer in self._records:  # constant memory, however late somebody resets
-                sums, extremes = sums + self._records[layer][0], torch.maximum(extremes, self._records[layer][1])
-            self._records[layer] = sums, extremes
-        if not attach:
+            self._record(layer, count, *_Routing(logits, chosen, weight).statistics())
+            if wanted and not torch.is_grad_enabled() and current not in self._rerun:
+                self._rerun = [*self._rerun[:1], current]  # reentrant checkpointing; that there are two is enough to know
+        if not (wanted and torch.is_grad_enabled() and logits.requires_grad):
             return None
         share = count / self.window_tokens if self.window_tokens else 1 / self.accumulation
         share = share / (len(self.routers) if self.reduction == "mean" else 1)
-        # Linear in the logits, with the losses' gradient; its value is not used.
-        loss = (logits * routing.gradient(self.z_coef * share, self.balance_coef * share)).sum()
+        loss = _LayerLoss.apply(logits, chosen, weight, self.z_coef * share, self.balance_coef * share)
         parts = (*parts[:carrier], _Attach.apply(parts[carrier], loss, self), *parts[carrier + 1 :])
         return parts if isinstance(output, tuple) else parts[0]
+
+    def _record(self, layer: int, count: Tensor, means: Tensor, extremes: Tensor) -> None:
+        """Add a layer's statistics to what was recorded: constant memory, however late somebody resets."""
+        self._reported.add(layer)
+        sums = torch.cat([count.reshape(1), means * count]).double()
+        if layer in self._records:
+            sums, extremes = sums + self._records[layer][0], torch.maximum(extremes, self._records[layer][1])
+        self._records[layer] = sums, extremes
 
     def layer_metrics(self) -> dict[str, Tensor]:
         """By layer, over the valid tokens since `reset`: tokens, z, balance, entropy, logsumexp and its standard deviation
@@ -289,6 +338,8 @@ class RouterLosses:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if getattr(self._home, _HANDLE, None) is self:
+            delattr(self._home, _HANDLE)
         torch.compiler.reset()  # compiled code has the hooks inside
 
 
@@ -310,6 +361,9 @@ def _around(model: nn.Module, router: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is router for c in m.modules())] or [model]
 
 
+_HANDLE = "_router_losses"  # attribute of the innermost of those models: the handle that is attached
+
+
 def _upstream(model: nn.Module, router: nn.Module) -> list[str]:
     """Trainable parameters up to the end of the router's layer ("model.layers.31."): what comes later cannot move it."""
     words = next(name for name, m in model.named_modules() if m is router).split(".")
@@ -326,12 +380,18 @@ def attach_router_losses(
 
     Acts in train mode with gradients on; never changes outputs. Attach after PEFT. ValueError, with the reason, for a model
     that cannot be served (at the first training step, where only what its routers return can tell).
+
+    A model has one handle: attaching again takes the one before off, with a warning, so that no loss counts twice.
     """
     found = _routers(model)
     around = _around(model, found[-1][0])
     if any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder, whose padding masks differ: not supported")
-    handle = RouterLosses(z_coef, balance_coef, reduction, [router for router, *_ in found], model=model)
+    if before := getattr(around[-1], _HANDLE, None):
+        warnings.warn(f"this model had router losses already ({before}): they are replaced", RuntimeWarning, stacklevel=2)
+        before.remove()
+    handle = RouterLosses(z_coef, balance_coef, reduction, [router for router, *_ in found], model=model, _home=around[-1])
+    setattr(around[-1], _HANDLE, handle)
     for module in around:
         handle._hooks.append(module.register_forward_pre_hook(handle._enter, with_kwargs=True))
         handle._hooks.append(module.register_forward_hook(handle._leave, always_call=True))
@@ -347,21 +407,19 @@ def attach_router_losses(
 @torch.no_grad()
 def routing(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The experts (L, T, k) that the valid tokens of a fixed batch run, in eval mode: a snapshot for `changed_share`."""
-    found, chosen, modes = _routers(model), {}, [(m, m.training) for m in model.modules()]
+    found, chosen = _routers(model), {}
 
     def keep(layer, place, top_k, router, _args, output):
         chosen[layer] = _read(router, output, place, top_k)[-1].sort(-1).values.cpu()
 
     hooks = [r.register_forward_hook(partial(keep, layer, *rest)) for layer, (r, *rest) in enumerate(found)]
+    decoder = _around(model, found[-1][0])[-1]  # without the head: nobody needs its logits
     try:
-        model.eval()
-        decoder = _around(model, found[-1][0])[-1]  # without the head: nobody needs its logits
-        decoder(**{k: v for k, v in batch.items() if k not in ("labels", "valid")} | {"use_cache": False})
+        with without_dropout(model):
+            decoder(**{k: v for k, v in batch.items() if k not in ("labels", "valid")} | {"use_cache": False})
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     valid = batch.get("valid", batch.get("attention_mask"))
     every = torch.stack([chosen[layer] for layer in sorted(chosen)])
     return every if valid is None else every[:, valid.reshape(-1).bool().cpu()]

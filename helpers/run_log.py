@@ -21,7 +21,7 @@ from helpers.router_losses import RouterLosses
 
 Row = dict[str, Any]
 Progress = Callable[[list[Row]], None]
-CLOCK = ("seconds", "tokens_per_second", "memory_gib")  # of a row, what differs from one sitting to the next
+CLOCK = ("seconds", "tokens_per_second", "memory_gib", "sitting")  # of a row, what differs from one sitting to the next
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,11 +32,22 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Atomic, and on the disk when it returns."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}): is there room on the disk?") from error
+
+
+def read_json(path: Path, todo: str) -> Any:
+    """What a JSON file holds; ValueError with its name, and `todo`, for one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the JSON, or of UTF-8
+        raise ValueError(f"{path} is damaged ({error}): {todo}") from error
 
 
 def read_log(run_dir: str | Path) -> list[Row]:
@@ -53,8 +64,13 @@ def read_log(run_dir: str | Path) -> list[Row]:
 
 def total_seconds(rows: Sequence[Row]) -> float:
     """Training time over all sittings of a run: each row's clock starts anew when the run is resumed."""
-    ends = [a["seconds"] for a, b in itertools.pairwise(rows) if b["seconds"] < a["seconds"]]
+    ends = [a["seconds"] for a, b in itertools.pairwise(rows) if _resumed(a, b)]
     return sum(ends) + rows[-1]["seconds"]
+
+
+def _resumed(before: Row, now: Row) -> bool:
+    """Did a new sitting begin between two rows? Rows of older versions have no number of it: there the clock has to tell."""
+    return before.get("sitting") != now.get("sitting") or now["seconds"] < before["seconds"]
 
 
 def memory_gib() -> float:
@@ -101,17 +117,23 @@ class Log(TrainerCallback):
         self.rows: list[Row] = []
         self.window: list[Row] = []
         self.restored: Row | None = None
+        self.sitting = 1  # one more with each resumption
         self.seen = 0  # tokens of this sitting
 
     def state(self) -> Row:
         """What a checkpoint keeps."""
-        return {"rows": self.rows, "window": self.window}
+        return {"rows": self.rows, "window": self.window, "sitting": self.sitting}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def restore(self, write: bool = True) -> None:
+        """The rows that the checkpoint kept, and the file as it was then."""
         kept = self.restored or {"rows": [], "window": []}
         self.rows, self.window = list(kept["rows"]), list(kept["window"])
-        if state.is_world_process_zero:
+        self.sitting = 1 + kept.get("sitting", 1 if self.restored else 0)
+        if write:
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.restore(state.is_world_process_zero)
         self.handle.reset()
         self.started, self.seen = time.monotonic(), 0
 
@@ -141,16 +163,26 @@ class Log(TrainerCallback):
             "seconds": round(seconds, 2),
             "tokens_per_second": round(self.seen / max(seconds, 1e-9)),
             "memory_gib": round(memory_gib(), 3),
+            "sitting": self.sitting,
         }
         if self.measure and self._due(state):
             row["held_out"] = self.measure(model)
         self.window = []
         self.rows.append(row)
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(row)
             if self.progress is not None:
                 self.progress(self.rows)
+
+    def _append(self, row: Row) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written ({error.strerror or error}): make room on the disk, then run the same command "
+                "again; it continues from the last checkpoint"
+            ) from error
 
     def _due(self, state) -> bool:
         """At the first and the last row, and at the first one at or behind each multiple."""
@@ -169,9 +201,9 @@ def duration(seconds: float) -> str:
 def describe(rows: Sequence[Row]) -> str:
     """The last row as one line: where we are, loss, speed, and the time that is left at the pace of the last two rows."""
     now = rows[-1]
-    before = rows[-2] if len(rows) > 1 and rows[-2]["seconds"] < now["seconds"] else {"step": 0, "seconds": 0.0}
-    if before["step"] == 0 and len(rows) > 1:  # the first row after a resumption
-        before = {"step": rows[-2]["step"], "seconds": 0.0}
+    before = rows[-2] if len(rows) > 1 else {"step": 0, "seconds": 0.0}
+    if len(rows) > 1 and _resumed(before, now):  # the clock began anew
+        before = {"step": before["step"], "seconds": 0.0}
     pace = (now["seconds"] - before["seconds"]) / max(1, now["step"] - before["step"])
     left = duration((now["of"] - now["step"]) * pace)
     text = (

@@ -139,11 +139,12 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     router.set(title="routers", ylim=(0, 1.4 * router.get_ylim()[1]))
     router.legend(fontsize=8, loc="upper right")
     _heat(figure, load, rows[-1]["load"], f"share of tokens by expert, step {steps[-1]}", "expert", "layer")
-    # One column a row of the log would hide that early rows lie closer together; so the axis counts rows.
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
-    _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "row of the log", "layer")
+    _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "step", "layer")
     for axes in grid.flat:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    # One column a row of the log, however many steps lie between two of them.
+    over_time.xaxis.set_major_formatter(lambda at, _: f"{steps[round(at)]}" if 0 <= round(at) < len(steps) else "")
     machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens a second")
     machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
     if all("memory_gib" in r for r in rows):
@@ -202,6 +203,10 @@ class LiveTraining:
         self.spent += self.last - now
         self.drawn += 1
 
+    def finish(self, rows: list[dict[str, Any]]) -> None:
+        """The whole run, once it is over, in the place of what was drawn on the way. It is not part of `cost`."""
+        self.draw(rows)
+
     def draw(self, rows: list[dict[str, Any]]) -> None:
         from IPython.display import display
 
@@ -232,8 +237,10 @@ def plot_held_out(first: dict[str, float], last: dict[str, float]) -> Figure:
     names = [n for n in LENGTHS if n in first and n in last]
     figure, axes = new_figure(9, 3.0)
     places = range(len(names))
-    axes.bar([x - 0.2 for x in places], [first[n] for n in names], 0.4, color=SKY, edgecolor=BLACK, hatch="..", label="first row")
-    axes.bar([x + 0.2 for x in places], [last[n] for n in names], 0.4, color=BLUE, edgecolor=BLACK, label="last row")
+    axes.bar(
+        [x - 0.2 for x in places], [first[n] for n in names], 0.4, color=SKY, edgecolor=BLACK, hatch="..", label="before training"
+    )
+    axes.bar([x + 0.2 for x in places], [last[n] for n in names], 0.4, color=BLUE, edgecolor=BLACK, label="after training")
     axes.set(xticks=list(places), ylabel="nats a token", title="loss on held-out replies by their length class")
     axes.set_xticklabels(names, rotation=20)
     axes.legend(fontsize=8)
@@ -266,7 +273,7 @@ def plot_step_profile(profile: dict[str, Any]) -> Figure:
 
 
 def plot_adapter_norms(norms: dict[str, float]) -> Figure:
-    """Root mean square of each lora_B (zero at the start) by layer and part: what has learned."""
+    """Root mean square of each lora_B (zero at the start) by layer and part: how far each has moved."""
     cells: dict[str, dict[int, float]] = defaultdict(dict)
     for name, norm in norms.items():
         layer = re.search(r"layers\.(\d+)\.", name)
@@ -286,4 +293,6 @@ def plot_adapter_norms(norms: dict[str, float]) -> Figure:
     axes.set_title("root mean square of lora_B")
     axes.grid(False)
     figure.colorbar(image, ax=axes)
-    return finish(figure, "Root mean square of lora_B by part and layer; every part has moved away from zero.")
+    return finish(
+        figure, f"Root mean square of lora_B by part and layer: from {min(map(min, table)):.3f} to {max(map(max, table)):.3f}."
+    )

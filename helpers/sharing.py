@@ -11,20 +11,29 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import yaml
-
 from helpers.environment import host_memory_gib
-from helpers.interchange import axolotl_config, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
-from helpers.model_card import evaluations, write_model_card
+from helpers.experiment import finished
+from helpers.interchange import axolotl_yaml, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
+from helpers.model_card import evaluations, shared_profile, write_model_card
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE
 from helpers.quantization import audit
-from helpers.training import load_result, profile_of, write_json
+from helpers.training import TrainingResult, write_json
 
-__all__ = ["TARGETS", "bundle", "checksums", "evaluations", "export", "merge_run", "push_to_hub", "write_model_card"]
+__all__ = [
+    "TARGETS",
+    "bundle",
+    "check_request",
+    "checksums",
+    "evaluations",
+    "export",
+    "merge_run",
+    "push_to_hub",
+    "write_model_card",
+]
 
 TARGETS = ("chat_template", "sillytavern", "koboldcpp", "ollama", "axolotl")
 SUMS = "SHA256SUMS"
@@ -35,16 +44,54 @@ SENT = (
 )
 
 
+def check_request(
+    run_dir: str | Path,
+    targets: Sequence[str] = TARGETS,
+    char: str = "Character",
+    user: str = "User",
+    length: str | None = "medium",
+    base_name: str | None = None,
+    merged: str | Path | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Everything that can be wrong with what is asked for, before anything is written: ValueError or OSError."""
+    result, profile = finished(run_dir)
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: use one of {', '.join(TARGETS)}")
+    koboldcpp_adapter(char, user, length)
+    if "ollama" in targets:
+        ollama_modelfile(char, user, length)
+    shared_profile(profile, base_name)
+    if merged is not None:
+        _check_merge(result, Path(merged))
+    if repo_id is not None:
+        _check_repository(repo_id)
+
+
 def bundle(
-    run_dir: str | Path, datasets: Sequence[str] = (), license: str | None = None, length: str | None = "medium"
+    run_dir: str | Path,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    length: str | None = "medium",
+    char: str = "Character",
+    user: str = "User",
+    targets: Sequence[str] = TARGETS,
+    base_name: str | None = None,
 ) -> list[Path]:
-    """Make the adapter folder complete; returns its files: card, chat template, presets, base model's name, checksums."""
+    """Make the adapter folder complete; returns its files: card, chat template, presets, base model's name, checksums.
+
+    `char`, `user`, `length`: as in `export`. `targets`: which presets are written; the chat template always is. `base_name`: the
+    Hub id under which others find the base model, if it was trained from a folder.
+    """
     run_dir = Path(run_dir)
-    adapter, profile = load_result(run_dir).adapter, profile_of(run_dir)
-    write_model_card(run_dir, datasets, license)
+    check_request(run_dir, targets, char, user, length, base_name)
+    result, profile = finished(run_dir)
+    adapter, profile = result.adapter, shared_profile(profile, base_name)
+    write_model_card(run_dir, datasets, license, base_name)
     presets = adapter / "presets"
-    for target in TARGETS:
-        made = export(run_dir, target, length=length)
+    for target in dict.fromkeys(("chat_template", *targets)):
+        made = export(run_dir, target, char, user, length, base_name)
         if target != "chat_template":
             if made.is_dir():
                 shutil.copytree(made, presets / made.name, dirs_exist_ok=True)
@@ -76,8 +123,14 @@ def _sha256(path: Path) -> str:
 
 def no_room_for_merged(model, folder: str | Path, memory: bool = True) -> str | None:
     """Why a model, merged into plain bf16 weights, would not fit here, or None: on disk, and (`memory`) loaded into the host."""
-    needed = 2 * sum(part.weights for name, part in audit(model).parts.items() if name != "adapters") / 2**30
-    disk, host = shutil.disk_usage(folder).free / 2**30, host_memory_gib() if memory else None
+    weights = sum(part.weights for name, part in audit(model).parts.items() if name != "adapters")
+    return _no_room(weights, Path(folder), memory)
+
+
+def _no_room(weights: int, folder: Path, memory: bool) -> str | None:
+    needed = 2 * weights / 2**30
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())  # the disk that it will be on
+    disk, host = shutil.disk_usage(there).free / 2**30, host_memory_gib() if memory else None
     if needed * 1.1 > disk:
         return f"merged, it takes {needed:.1f} GiB of disk, and {disk:.1f} GiB are free"
     if host and needed * 1.3 > host:
@@ -85,26 +138,37 @@ def no_room_for_merged(model, folder: str | Path, memory: bool = True) -> str | 
     return None
 
 
+def _check_merge(result: TrainingResult, folder: Path) -> None:
+    """OSError if a merged model cannot be written there; known before the model is loaded, which takes minutes."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: merge into another folder, or delete it first")
+    weights = sum(r["weights"] for r in result.facts["audit"] if r["part"] not in ("adapters", "all"))
+    if problem := _no_room(weights, folder, memory=False):
+        raise OSError(f"{folder} cannot be written: {problem}")
+
+
 def merge_run(
     run_dir: str | Path, folder: str | Path | None = None, max_shard_bytes: int = 5 * 10**9, loaded: tuple | None = None
 ) -> Path:
     """Base and adapter as one plain bf16 checkpoint, shard by shard, with tokenizer, chat template and checksums.
 
-    `loaded`: (model, tokenizer) of the run, if they are at hand; a GPU may have no room for a second one. OSError if the disk
-    is too small.
+    `loaded`: (model, tokenizer) of the run, if they are at hand; a GPU may have no room for a second one. The folder appears
+    when all of it is there. OSError if the disk is too small, or if there is such a folder already.
     """
     from helpers.experiment import load_run
     from helpers.merged import save_merged
 
     run_dir = Path(run_dir)
     folder = Path(folder) if folder else run_dir / "merged"
+    _check_merge(finished(run_dir)[0], folder)
     model, tokenizer = loaded or load_run(run_dir)[1:]
-    if problem := no_room_for_merged(model, run_dir, memory=False):
-        raise OSError(f"{folder} cannot be written: {problem}")
-    save_merged(model, folder, max_shard_bytes=max_shard_bytes)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an interruption
+    save_merged(model, unfinished, max_shard_bytes=max_shard_bytes)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    checksums(folder)
+    tokenizer.save_pretrained(unfinished)
+    checksums(unfinished)
+    unfinished.rename(folder)
     return folder
 
 
@@ -124,9 +188,11 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
     """Show what an upload of the adapter folder would send; with `send=True`, send exactly that, as one commit.
 
     Files that are no part of an adapter are named and left out. Raises ValueError if a text file holds a path of this machine,
-    and FileNotFoundError before `bundle` was called.
+    FileNotFoundError before `bundle` was called, and OSError if the Hub cannot be reached or refuses.
     """
-    folder = load_result(run_dir).adapter
+    _check_repository(repo_id)
+    result, profile = finished(run_dir)
+    folder = result.adapter
     if not (folder / SUMS).is_file():
         raise FileNotFoundError(f"{folder} has no {SUMS}: call sharing.bundle(run_dir) (or `python -m helpers share`) first")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -134,7 +200,7 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
     chosen = [p for p in files if named[p] in SENT or named[p].startswith("presets/")]
     for path in chosen:
         if path.suffix != ".safetensors":
-            _refuse_paths(path)
+            _refuse_paths(path, profile.base)
     plan = [Sending(named[p], p.stat().st_size, _sha256(p)) for p in chosen]
     print(f"{'sending to' if send else 'would send to'} {repo_id} ({'private' if private else 'public'}):")
     for item in plan:
@@ -150,29 +216,56 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
     for path, item in zip(chosen, plan, strict=True):
         content = path.read_bytes()  # what was shown is what is sent, whatever happens to the folder meanwhile
         if hashlib.sha256(content).hexdigest() != item.sha256:
-            raise RuntimeError(f"{path} changed since it was listed: nothing was sent, call it again")
+            raise ValueError(f"{path} changed since it was listed: nothing was sent, call it again")
         operations.append(CommitOperationAdd(path_in_repo=item.path, path_or_fileobj=content))
     api = api or HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
-    api.create_commit(repo_id, operations, commit_message="Adapter, card and presets", repo_type="model")
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        api.create_commit(repo_id, operations, commit_message="Adapter, card and presets", repo_type="model")
+    except Exception as error:  # of the network, the Hub or the token: each library has classes of its own
+        why = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"the upload to {repo_id} failed, no commit was made ({type(error).__name__}: {why}): look at the network, the name "
+            "and the token (`hf auth login`), then send again"
+        ) from error
     return plan
 
 
-def _refuse_paths(path: Path) -> None:
+def _check_repository(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository on the Hub ({error}): give USER/NAME") from None
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is no name of a repository on the Hub: give USER/NAME")
+
+
+def _refuse_paths(path: Path, base: str = "") -> None:
+    """ValueError if a text file holds the course's folder, the user's own, or the absolute path of the base model."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    for place in (ROOT, Path.home()):
+    bases = [kind(base) for kind in (PurePosixPath, PureWindowsPath) if kind(base).is_absolute()]
+    for place in (*bases, ROOT, Path.home()):
         # in JSON and Python, and with the other slashes: on Windows three spellings of one place
         spellings = (str(place), json.dumps(str(place), ensure_ascii=False)[1:-1], place.as_posix())
-        if len(str(place)) > 4 and any(spelling in text for spelling in spellings):
-            raise ValueError(
-                f"{path.name} holds the path {place} of this machine: call sharing.bundle(run_dir) again, or edit it"
-            )
+        if (place in bases or len(str(place)) > 4) and any(spelling in text for spelling in spellings):
+            again = "share it again with --base-name ORG/NAME (bundle(run_dir, base_name=…)), the base model's id on the Hub"
+            again = again if place in bases else "call sharing.bundle(run_dir) again, or edit it"
+            raise ValueError(f"{path.name} holds the path {place} of this machine: {again}")
 
 
 # ---------------------------------------------------------------------------------------------------------- exports
 
 
-def export(run_dir: str | Path, target: str, char: str = "Character", user: str = "User", length: str | None = "medium") -> Path:
+def export(
+    run_dir: str | Path,
+    target: str,
+    char: str = "Character",
+    user: str = "User",
+    length: str | None = "medium",
+    base_name: str | None = None,
+) -> Path:
     """Write what another program needs to speak this format into `run_dir/export/`; returns the file or folder.
 
     `char` and `user` stand in the tags of the KoboldCpp and Ollama files, whose servers know no names; `length` is the modifier
@@ -206,7 +299,7 @@ def export(run_dir: str | Path, target: str, char: str = "Character", user: str 
         path.write_text(ollama_modelfile(char, user, length, end), encoding="utf-8", newline="\n")
     else:
         path = folder / "axolotl.yaml"
-        config = yaml.safe_dump(axolotl_config(profile_of(run_dir)), sort_keys=False)
+        config = axolotl_yaml(shared_profile(finished(run_dir)[1], base_name))
         path.write_text(config, encoding="utf-8", newline="\n")
     return path
 

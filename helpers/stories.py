@@ -63,22 +63,22 @@ SCHEMA = "see the schema in data_samples/README.md"
 
 
 class StoryErrors(StoryError):
-    """Several stories cannot be read; `problems` has a StoryError for each, the message a line."""
+    """Several stories cannot be read, or used; `problems` has a StoryError for each, the message a line."""
 
     SHOWN = 20
 
-    def __init__(self, problems: list[StoryError], read: int):
-        self.problems, self.read = problems, read
-        super().__init__(f"{len(problems)} of {len(problems) + read} stories cannot be read", "see the list")
+    def __init__(self, problems: list[StoryError], read: int, what: str = "cannot be read"):
+        self.problems, self.read, self.what = problems, read, what
+        super().__init__(f"{len(problems)} of {len(problems) + read} stories {what}", "see the list")
         more = [f"… and {len(problems) - self.SHOWN} more"] * (len(problems) > self.SHOWN)
         self.args = ("\n  ".join([f"{self.problem}:", *map(str, problems[: self.SHOWN]), *more]),)
 
     def __reduce__(self):
-        return StoryErrors, (self.problems, self.read)
+        return StoryErrors, (self.problems, self.read, self.what)
 
 
 def load_stories(path: str | Path, problems: list[StoryError] | None = None) -> list[Story]:
-    """All stories of a `.yaml` or `.jsonl` file, or of a folder of such files (recursively, in name order).
+    """All stories of a `.yaml` or `.jsonl` file, or of a folder of such files (recursively, in name order, no hidden ones).
 
     A bad story never stops the others. Without `problems`, StoryErrors lists all that is wrong once everything has been
     read (a StoryError, if it is one thing); with a list, each StoryError is appended to it and the good stories are returned.
@@ -103,6 +103,17 @@ def load_story(file: str | Path) -> Story:
     return result
 
 
+def duplicates(stories: Iterable[Story]) -> list[str]:
+    """A sentence for each story that was there before, word for word: it would be trained more often than the others."""
+    first: dict[Story, Story] = {}
+    found = []
+    for story in stories:
+        before = first.setdefault(story, story)
+        if before is not story:
+            found.append(f"{story.source or 'a story'} is word for word the story {before.source or 'before it'}")
+    return found
+
+
 def save_stories(stories: Iterable[Story], file: str | Path) -> Path:
     """Write stories as JSON lines, one a line, in the schema of the YAML files; atomic."""
     file = Path(file)
@@ -124,7 +135,7 @@ def _read(path: Path) -> Iterator[Story | StoryError]:
     try:
         if path.is_dir():
             suffixes = YAML_SUFFIXES + LINES_SUFFIXES
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not _hidden(p, path) and p.is_file())
             if not files:
                 raise StoryError("no .yaml or .jsonl file in this folder", "point at a folder of stories", file=str(path))
         elif path.is_file():
@@ -137,6 +148,11 @@ def _read(path: Path) -> Iterator[Story | StoryError]:
         raise StoryError(f"cannot be read ({error})", "check the path", file=str(path)) from None
     for file in files:
         yield from (_read_lines if file.suffix.lower() in LINES_SUFFIXES else _read_yaml)(file)
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Copies that programs keep for themselves: Jupyter's .ipynb_checkpoints, macOS's ._name, an editor's .name.swp."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _read_yaml(file: Path) -> Iterator[Story | StoryError]:
@@ -279,7 +295,7 @@ def parse_record_text(text: str, source: str = "<text>", line: int | None = None
     except (ValueError, RecursionError) as error:
         what = getattr(error, "msg", None) or "nested too deeply"
         raise StoryError(f"JSON: {what}", "correct the line", file=source, line=line) from None
-    return _Reader(source).story(_json_node(pairs, line))
+    return _Reader(source, line).story(_json_node(pairs, line))
 
 
 def parse_record(record: Mapping[str, Any], source: str = "<record>") -> Story:
@@ -310,8 +326,9 @@ def _json_node(value: Any, line: int | None, depth: int = 0) -> Node:
 class _Reader:
     """Walks nodes; knows the file, so that each error can name its place."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, line: int | None = None):
         self.source = source
+        self.name = f"{source}:{line}" if line else source  # of the story: a file of lines holds many
 
     def error(self, node: Node | None, field: str, problem: str, todo: str) -> StoryError:
         return StoryError(problem, todo, file=self.source, line=node.line if node else None, field=field)
@@ -371,7 +388,7 @@ class _Reader:
         scenario = resolved(self.text(fields["scenario"], "scenario"), fields["scenario"], "scenario")
         messages, repairs = self.messages(fields["conversation"], resolved)
         try:
-            return Story(names, personas, scenario, tuple(messages), self.source, tuple(repairs))
+            return Story(names, personas, scenario, tuple(messages), self.name, tuple(repairs))
         except StoryError as error:
             raise self.error(fields["names"], error.field, error.problem, error.todo) from None
 

@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 
 from helpers.prompts import CLOSING, Lengths, Segment, generation_segments, segments
-from helpers.stories import Story
+from helpers.stories import Story, StoryError
 
 IGNORED = -100  # cross-entropy's default ignore_index
 
@@ -61,8 +61,10 @@ def encode_segments(pieces: Sequence[Segment], tokenizer, loss: str = "replies",
     return _encode_batch([pieces], tokenizer, loss, eos)[0]
 
 
-def _encode_batch(samples: Sequence[Sequence[Segment]], tokenizer, loss: str, eos: str) -> list[Encoded]:
-    """`encode_segments` for many samples: one call of the tokenizer, which may use all cores."""
+def _encode_batch(
+    samples: Sequence[Sequence[Segment]], tokenizer, loss: str, eos: str, names: Sequence[str] = ()
+) -> list[Encoded]:
+    """`encode_segments` for many samples: one call of the tokenizer, which may use all cores. `names` are for messages."""
     if loss not in ("replies", "all") or eos not in ("turn", "sample"):
         raise ValueError(f"loss={loss!r}, eos={eos!r}: use loss 'replies' or 'all' and eos 'turn' or 'sample'")
     start, end = start_ids(tokenizer), tokenizer.eos_token_id
@@ -80,7 +82,7 @@ def _encode_batch(samples: Sequence[Sequence[Segment]], tokenizer, loss: str, eo
         if chunk.pieces:
             chunks.append(chunk)
     result = [Encoded([*start], [IGNORED] * len(start)) for _ in samples]
-    for chunk, ids, labels in _tokenised(chunks, tokenizer, loss):
+    for chunk, ids, labels in _tokenised(chunks, tokenizer, loss, names):
         into = result[chunk.sample]
         into.input_ids.extend(ids)
         into.labels.extend(labels)
@@ -103,9 +105,19 @@ class _Chunk:
     pieces: list[Segment]
 
 
-def _tokenised(chunks: Sequence[_Chunk], tokenizer, loss: str) -> Iterator[tuple[_Chunk, list[int], list[int]]]:
+def special_tokens(tokenizer) -> dict[str, int]:
+    """Text → id of every token that is a command and no text: the named ones, and those added as special ("<|im_start|>")."""
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**dict(named), **added}
+
+
+def _tokenised(
+    chunks: Sequence[_Chunk], tokenizer, loss: str, names: Sequence[str] = ()
+) -> Iterator[tuple[_Chunk, list[int], list[int]]]:
     """Ids and labels of chunks. Special tokens that somebody wrote into a text are spelt out, never obeyed."""
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    commands = special_tokens(tokenizer)
+    special = re.compile("|".join(map(re.escape, commands)) or r"(?!)")
     texts = ["".join(p.text for p in chunk.pieces) for chunk in chunks]
     written = [special.search(text) is not None for text in texts]
     plain = [chunk.after + text for chunk, text, bad in zip(chunks, texts, written, strict=True) if not bad]
@@ -115,8 +127,14 @@ def _tokenised(chunks: Sequence[_Chunk], tokenizer, loss: str) -> Iterator[tuple
         if bad:
             single = tokenizer([text], add_special_tokens=False, split_special_tokens=True)
             ids, labels = _labels(single, 0, 0, 0, chunk.pieces, loss)
-            if tokenizer.eos_token_id in ids:
-                raise ValueError(f"a text contains {tokenizer.eos_token!r}, which this tokenizer cannot spell out: remove it")
+            obeyed = [token for token, number in commands.items() if token in text and number in ids]
+            obeyed = [token for token in obeyed if token != tokenizer.unk_token]  # stands for any unknown character
+            if obeyed:
+                raise StoryError(
+                    f"a text contains {obeyed[0]!r}, which this tokenizer cannot spell out",
+                    "remove it",
+                    file=names[chunk.sample] if names else "",
+                )
         else:
             skip = len(chunk.after) > 0  # one token, the special one
             ids, labels = _labels(batch, row, int(skip), len(chunk.after), chunk.pieces, loss)
@@ -166,22 +184,36 @@ def encode_all(
     closing: str = CLOSING,
     long: str = "drop",
     batch_size: int = 64,
+    unfit: dict[int, StoryError] | None = None,
 ) -> Iterator[Encoded]:
     """`encode` for many stories, `batch_size` at a time.
 
     long: what becomes of a story that does not fit. "drop": its first turns go, as in `encode`. "split": it becomes several
     samples, each with the instruction block and the next whole turns, so that a short context still trains on every reply.
+
+    A story of which that cannot be made raises a StoryError; with `unfit`, that is put there under the story's number instead,
+    and nothing is yielded for the story.
     """
     if long not in ("drop", "split"):
         raise ValueError(f"long={long!r}: use 'drop' or 'split'")
     shorten = _split if long == "split" else _shortened
+    number = -1
     for batch in _batched(labelled, batch_size):
         pieces = [segments(story, lengths, closing) for story, lengths in batch]
-        for (story, _), parts, full in zip(batch, pieces, _encode_batch(pieces, tokenizer, loss, eos), strict=True):
+        names = [story.source or "this story" for story, _ in batch]
+        for (story, _), parts, full in zip(batch, pieces, _encode_batch(pieces, tokenizer, loss, eos, names), strict=True):
+            number += 1
             if context is None or len(full) <= context:
                 yield full
-            else:
-                yield from shorten(story, parts, tokenizer, context, loss, eos)
+                continue
+            try:
+                shorter = list(shorten(story, parts, tokenizer, context, loss, eos))  # all of it, or nothing
+            except StoryError as error:
+                if unfit is None:
+                    raise
+                unfit[number] = error
+                continue
+            yield from shorter
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:
@@ -203,7 +235,9 @@ def _shortened(story: Story, pieces: Sequence[Segment], tokenizer, context: int,
         sample = without(dropped)
         yield Encoded(sample.input_ids, sample.labels, dropped)
         return
-    raise ValueError(f"{story.source or 'this story'}: not even the last reply fits in {context} tokens; use a longer context")
+    raise StoryError(
+        f"not even the last reply fits in {context} tokens", "use a longer context", file=story.source or "this story"
+    )
 
 
 def _split(story: Story, pieces: Sequence[Segment], tokenizer, context: int, loss: str, eos: str) -> Iterator[Encoded]:
@@ -219,8 +253,10 @@ def _split(story: Story, pieces: Sequence[Segment], tokenizer, context: int, los
 
         fitting = bisect_left(later, True, key=lambda n: len(until(n)) > context)
         if not fitting:
-            raise ValueError(
-                f"{story.source or 'this story'}: turn {begin + 1} and its reply do not fit in {context} tokens; use more"
+            raise StoryError(
+                f"turn {begin + 1} and its reply do not fit in {context} tokens",
+                "use a longer context",
+                file=story.source or "this story",
             )
         yield until(later[fitting - 1])
         begin = later[fitting - 1]

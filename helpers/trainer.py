@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from helpers import losses
+from helpers.attention import bounds
 from helpers.profiles import Profile
 from helpers.router_losses import RouterLosses
 from helpers.run_log import Log, merge
-from helpers.tokens import IGNORED, Collator, document_bounds
+from helpers.tokens import IGNORED, Collator
 
 SKIPS = 20  # steps that fp16's gradient scaler may skip in a row: from its first scale, 65,536, down to 1/16
 
@@ -118,8 +118,7 @@ class CourseTrainer(Trainer):
         handle.valid = valid
         scaler = getattr(self.accelerator, "scaler", None)
         handle.loss_scale = (scaler.get_scale() if scaler is not None else 1.0) * self.args.world_size
-        if ALL_MASK_ATTENTION_FUNCTIONS.get(self.model.config._attn_implementation) is flash_attention_mask:  # which is none
-            inputs |= document_bounds(inputs["position_ids"])
+        inputs |= bounds(self.model, inputs["position_ids"])
         outputs = None
         if self.fused and not return_outputs:
             loss = losses.completion_loss(model, inputs, labels, self.model)
@@ -182,7 +181,7 @@ class _Guard(TrainerCallback):
 # A run does not go on with other settings, so a lower learning rate needs a folder of its own.
 _ADVICE = (
     "The weights are untouched and the last checkpoint is good: look at those stories, "
-    "or begin again with a lower learning rate in another folder"
+    "or begin again with a lower learning rate (--learning-rate) in another folder"
 )
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCall
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from helpers import budget, qlora, resume
-from helpers.attention import DOCUMENTS, choose_attention
+from helpers.attention import DOCUMENTS, check_packing, choose_attention
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
-from helpers.environment import gpu_memory_gib, hardware, host_memory_gib, versions
+from helpers.environment import download_note, gpu_memory_gib, hardware, host_memory_gib, versions
 from helpers.held_out import HeldOutLoss, held_out_stories
-from helpers.profiles import Profile
+from helpers.profiles import PROFILES, Profile
 from helpers.quantization import audit, load_4bit
 from helpers.router_losses import attach_router_losses
-from helpers.run_log import Log, Progress, memory_gib, print_progress, read_log, total_seconds, write_json
+from helpers.run_log import Log, Progress, memory_gib, print_progress, read_json, read_log, total_seconds, write_json
 from helpers.stories import Story
 from helpers.tokens import IGNORED
 from helpers.trainer import CourseTrainer, Interruptible, NumberedCollator, StopAfter, arguments
@@ -74,8 +74,17 @@ class TrainingResult:
 
 
 def _causal_lm(profile: Profile) -> type:
-    """The class of the profile's base model."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(profile.base_path))]
+    """The class of the profile's base model; ValueError for a model that does not write text, or not as much as is asked."""
+    config = AutoConfig.from_pretrained(profile.base_path)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{profile.base} is a {config.model_type} model, which is no causal language model: "
+            "choose a mixture of experts that continues text, such as allenai/OLMoE-1B-7B-0924"
+        )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest and profile.context > longest:
+        raise ValueError(f"{profile.base} reads at most {longest:,} tokens: choose a context up to that, not {profile.context:,}")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def prepare_model(profile: Profile, attention: str = DOCUMENTS):
@@ -103,6 +112,8 @@ def train(
     shrink: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     attention: str | None = None,
+    skip_too_long: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> TrainingResult:
     """Train adapters; continue from the last checkpoint if there is one; return at once if the run is finished.
 
@@ -112,12 +123,13 @@ def train(
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
     the same, so without dropout the trajectory does too, to rounding (one process only: of several, each would wait).
     `attention`: transformers' name of one, instead of what `choose_attention` finds. `log_every`: steps from one row of the log
-    to the next (None: 10, or 1 in a run of up to 200 steps).
+    to the next (None: 10, or 1 in a run of up to 200 steps). `skip_too_long`: leave out stories of which nothing fits the
+    context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and where it is.
 
     ValueError for a folder with another run, other settings or damaged checkpoints; OSError if it cannot be written;
     FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
     """
-    run = _Run.begin(profile, stories, Path(output_dir), resume, attention)
+    run = _Run.begin(profile, stories, Path(output_dir), resume, attention, skip_too_long, say or (lambda _text: None))
     if isinstance(run, TrainingResult):
         return run
     while True:
@@ -150,33 +162,54 @@ class _Run:
     source: str  # of the stories
     micro_batch: int  # of now: smaller than the profile's after a lack of memory
     attention: str | None = None  # None: the best there is
+    processes: int = 1
+    say: Callable[[str], None] = print
 
     @classmethod
-    def begin(cls, profile: Profile, stories, run_dir: Path, go_on: bool, attention: str | None) -> _Run | TrainingResult:
+    def begin(
+        cls,
+        profile: Profile,
+        stories,
+        run_dir: Path,
+        go_on: bool,
+        attention: str | None,
+        skip_too_long: bool,
+        say: Callable[[str], None],
+    ) -> _Run | TrainingResult:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / ".writable").touch()
             (run_dir / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"{run_dir} cannot be written ({error.strerror}): choose another --output folder") from error
-        file, finished = run_dir / "run.json", (run_dir / "result.json").exists()
-        if finished and file.exists() and stories is None and go_on:
-            resume.check_settings(run_dir, resume.settings(profile))
-            if json.loads(file.read_text(encoding="utf-8"))["stories"] == OF_PROFILE:  # no need to prepare them again
+        state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+        if state.is_main_process and (note := download_note(profile)):
+            print(note, flush=True)  # in a notebook, too: it may take an hour
+        finished = (run_dir / "result.json").exists()
+        if finished and stories is None and go_on:
+            before = resume.check_settings(run_dir, resume.settings(profile))
+            if before.get("stories") == OF_PROFILE:  # no need to prepare them again
                 return load_result(run_dir)
+        _causal_lm(profile)  # what cannot be trained is said before its weights are fetched
         tokenizer = AutoTokenizer.from_pretrained(profile.base_path)
         labelled = stories if stories and isinstance(stories[0], tuple) else labelled_stories(profile, stories)
-        corpus = build_corpus(labelled, tokenizer, profile.context, long=profile.long_stories)
-        wanted = resume.settings(profile, corpus)
-        if not go_on and file.exists():
+        left_out = {"too_long": []} if skip_too_long else {}
+        corpus = build_corpus(labelled, tokenizer, profile.context, long=profile.long_stories, **left_out)
+        for problem in left_out.get("too_long", ()) if state.is_main_process else ():
+            print(f"left out: {problem}", flush=True)
+        wanted = resume.settings(profile, corpus, None if finished else state.num_processes)
+        if not go_on and resume.begun(run_dir):
             raise FileExistsError(f"{run_dir} already holds a run: resume it, or use another folder")
-        resume.check_settings(run_dir, wanted)
+        before = resume.check_settings(run_dir, wanted)
         if finished:
             return load_result(run_dir)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         source = OF_PROFILE if stories is None else "given"
         micro_batch = before.get("micro_batch", profile.micro_batch)
-        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, attention)
+        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, attention, state.num_processes, say)
+        say(f"corpus: {corpus}")
+        say(f"{run.steps} steps, {profile.warmup_steps} of them warm-up")
+        if profile.warmup_steps > run.steps / 3:
+            say("  warning: more than a third, so little is learned at the full learning rate; more stories or epochs help")
         run.note()
         return run
 
@@ -185,7 +218,8 @@ class _Run:
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         state.wait_for_everyone()  # all have read it before one writes
         if state.is_main_process:
-            facts = {"micro_batch": self.micro_batch, "stories": self.source, "corpus": str(self.corpus), "versions": versions()}
+            facts = {"micro_batch": self.micro_batch, "save_steps": self.profile.save_steps, "stories": self.source}
+            facts |= {"corpus": str(self.corpus), "versions": versions()}
             write_json(self.run_dir / "run.json", {**self.wanted, **facts})
 
     def out_of_memory(self, problem: str, shrink: bool) -> None:
@@ -203,14 +237,16 @@ class _Run:
             f"train(…, shrink=True) or --shrink: micro-batch {self.micro_batch // 2} with twice the accumulation, the same total"
             if self.micro_batch % 2 == 0
             else None,
-            f"a context below {p.context:,} tokens (longer stories are {'split' if p.long_stories == 'split' else 'shortened'})",
+            f"a context below {p.context:,} tokens (--context; longer stories are "
+            f"{'split' if p.long_stories == 'split' else 'shortened'})",
             None if p.gradient_checkpointing else "gradient_checkpointing=True",
-            f"a smaller lora_r than {p.lora_r}, or lora_experts=False",
+            f"a smaller lora_r than {p.lora_r} (--lora-r), or lora_experts=False",
             "a smaller profile",
         ]
         raise torch.OutOfMemoryError(
             f"{first}. Profile {p.name} at micro-batch {self.micro_batch} does not fit (peak so far {memory_gib():.1f} GiB; "
-            f"{self._budgeted()}). In this order: {'; '.join(filter(None, smaller))}"
+            f"{self._budgeted()}). In this order: {'; '.join(filter(None, smaller))}. With other settings, a run that has rows "
+            "in its log needs another folder"
         )
 
     def _budgeted(self) -> str:
@@ -230,9 +266,9 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        """Of the whole run, on one process; more processes make fewer."""
+        """Of the whole run; more processes make fewer."""
         p = self.profile
-        batches = math.ceil(len(self.corpus.rows) / p.micro_batch)
+        batches = math.ceil(len(self.corpus.rows) / (p.micro_batch * self.processes))
         return p.max_steps if p.max_steps > 0 else math.ceil(p.epochs * math.ceil(batches / p.accumulation))
 
     def sitting(self, progress, log_every: int | None, stop_after: int | None, held_out, callbacks) -> TrainingResult:
@@ -245,19 +281,38 @@ class _Run:
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
         main = args.process_index == 0
         checkpoint = resume.last_good(run_dir, self.wanted, say=print if main else lambda _text: None)
+        if checkpoint is not None:
+            self.say(f"going on from {checkpoint.name}")
         attention, why = choose_attention(_causal_lm(profile), profile.dtype, self.attention)
         if main and (self.attention or torch.cuda.is_available()):  # elsewhere there is nothing to choose
             print(f"attention: {attention} ({why})", flush=True)
+        if main:
+            tell = self.say if Path(profile.base_path).is_dir() else print  # a large model takes minutes
+            tell(f"loading {profile.base} in 4 bit …")
         model = prepare_model(profile, attention)
         report = audit(model).check()
+        if corpus.samples > len(corpus.rows):  # else no row holds several
+            half = torch.bfloat16 if args.bf16 else torch.float16
+            with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):  # as the trainer runs it
+                settled = check_packing(model)
+            if main and settled != attention:
+                print(f"attention: {settled} ({attention} does not serve this model's packed rows)", flush=True)
         handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         labelled = held_out_stories(profile) if held_out is None else list(held_out)
         measure = HeldOutLoss(labelled, tokenizer, profile.context, pad, self.micro_batch) if labelled else None
+        if measure is not None and measure.left_out:
+            self.say(f"{measure.left_out} of {len(labelled)} held-out stories are longer than the context, and not measured on")
+            measure = measure if measure.batches else None
         # With every checkpoint, but in a long run about ten times: it costs as much as some training does.
         log = Log(run_dir, handle, progress, measure, max(profile.save_steps, self.steps // 10))
         if checkpoint is not None:
             log.restored = json.loads((checkpoint / resume.PROGRESS).read_text(encoding="utf-8"))
+            if steps := resume.last_step(checkpoint):  # only the result was not written: a Trainer would make one more step
+                handle.remove()
+                model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+                log.restore(write=main)
+                return self._end(model, log, report, steps)
         keeper = resume.Checkpoints(run_dir, self.wanted, log)
         interruptible = Interruptible()
         ours = [interruptible, *([StopAfter(stop_after)] if stop_after else []), *callbacks]
@@ -296,13 +351,25 @@ class _Run:
         state = trainer.state
         if state.global_step < state.max_steps:
             return TrainingResult(run_dir, False, state.global_step, state.max_steps, log.rows, {})
-        model.config.use_cache = True
-        if main:
-            self._finish(model, log, report, state.global_step)
-        accelerate.PartialState().wait_for_everyone()
-        return load_result(run_dir)
+        return self._end(model, log, report, state.global_step)
 
-    def _finish(self, model, log: Log, report, steps: int) -> None:
+    def _end(self, model, log: Log, report, steps: int) -> TrainingResult:
+        """All steps are made: process 0 writes the result, all read it."""
+        model.config.use_cache = True
+        state = accelerate.PartialState()
+        if state.is_main_process:
+            facts = self._facts(model, log, report, steps)
+            try:
+                self._write(model, facts)
+            except Exception as error:  # each library has its own for a disk that is full
+                raise OSError(
+                    f"the finished adapter could not be written to {self.run_dir} ({error}): make room, then run the same "
+                    "command again; it takes the adapter from the last checkpoint and trains nothing again"
+                ) from error
+        state.wait_for_everyone()
+        return load_result(self.run_dir)
+
+    def _write(self, model, facts: dict[str, Any]) -> None:
         """The adapter and result.json: only with the latter the run counts as finished."""
         partial, final = self.run_dir / "adapter.partial", self.run_dir / "adapter"
         for folder in (partial, final):
@@ -310,7 +377,11 @@ class _Run:
         qlora.save_lora(model, partial)
         self.tokenizer.save_pretrained(partial)
         partial.rename(final)
-        facts = {
+        write_json(self.run_dir / "result.json", facts)
+
+    def _facts(self, model, log: Log, report, steps: int) -> dict[str, Any]:
+        """What result.json says."""
+        return {
             "profile": self.profile.name,
             "steps": steps,
             "corpus": dataclasses.asdict(dataclasses.replace(self.corpus, rows=[], names=[])),
@@ -319,15 +390,15 @@ class _Run:
             "quantization": model.config.quantization_config.to_dict(),
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
+            "processes": self.processes,
             "attention": model.config._attn_implementation,
             "seconds": total_seconds(log.rows),
             "tokens_per_second": log.rows[-1]["tokens_per_second"],
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+            "peak_gib": max(row["memory_gib"] for row in log.rows) if torch.cuda.is_available() else None,
             "adapter_norms": qlora.adapter_norms(model),
             "hardware": hardware(),
             "versions": versions(),
         }
-        write_json(self.run_dir / "result.json", facts)
 
 
 def filled(rows: list[dict[str, Any]], multiple: int, pad: int) -> list[dict[str, Any]]:
@@ -338,8 +409,15 @@ def filled(rows: list[dict[str, Any]], multiple: int, pad: int) -> list[dict[str
 
 def profile_of(run_dir: str | Path) -> Profile:
     """The profile with which a run was made, from its folder."""
-    fields = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))["profile"]
-    return Profile(**fields, memory_gib=0)
+    path = Path(run_dir) / "run.json"
+    facts = read_json(path, "it says how the run was made, so train again, into another folder")
+    try:
+        usual = PROFILES.get(facts["profile"]["name"], PROFILES["tiny"]).save_steps  # runs of older versions do not say
+        return Profile(**facts["profile"], memory_gib=0, save_steps=facts.get("save_steps", usual))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} was written by another version of the course, or changed ({error}): use that version, or train again"
+        ) from error
 
 
 def load_result(run_dir: str | Path) -> TrainingResult:
@@ -348,5 +426,8 @@ def load_result(run_dir: str | Path) -> TrainingResult:
     path = run_dir / "result.json"
     if not path.exists():
         raise FileNotFoundError(f"{run_dir} holds no finished run: train it first (python -m helpers train --output {run_dir})")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    again = "delete it, and the same training command writes it again from the last checkpoint"
+    facts = read_json(path, again)
+    if not isinstance(facts, dict) or "steps" not in facts:
+        raise ValueError(f"{path} is damaged (it does not say how many steps were made): {again}")
     return TrainingResult(run_dir, True, facts["steps"], facts["steps"], read_log(run_dir), facts)

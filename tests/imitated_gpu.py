@@ -74,7 +74,7 @@ class _Places(TorchDispatchMode):
             tree_map_only(torch.Tensor, self.send, unbound)
         out = func(*args, **(kwargs or {}))
         if not tensors and torch._C._current_graph_task_id() != -1:
-            for storage in (t.untyped_storage() for t in tree_leaves(out)):
+            for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
                 self.anywhere[storage._cdata] = weakref.ref(storage)
         made_there = True in bound or (not bound and any(there))
         if func is torch.ops.aten.copy_.default:

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
@@ -15,6 +16,7 @@ from helpers import experts, qlora
 from helpers.adapters_convert import NAMINGS, WEIGHTS, from_per_expert, to_per_expert
 from helpers.quantization import load_4bit
 from helpers.tiny import tiny_config
+from tests.moe_families import knows_routers, tiny
 
 IDS = torch.arange(3, 43).view(2, 20)
 E, H, I, R = 8, 64, 128, 4  # noqa: E741  I ≠ H, so that no projection can be taken for another
@@ -200,6 +202,67 @@ def test_the_names_are_those_of_the_librarys_own_conversion():
             names = NAMINGS[naming]
             assert sources == {"gate_up_proj": [names.gate, names.up], "down_proj": [names.down]}, kind
             assert renamed.get("mlp", "mlp") == names.block, kind
+
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def old_layers(name, weight):
+    """The layers of transformers 4 that a weight is made of, expert by expert, gate before up."""
+    path, _, leaf = name.removesuffix(".weight").rpartition(".")
+    if weight.ndim == 3:
+        parts = MLP[:2] if leaf == "gate_up_proj" else (leaf,)
+        return [[f"{path}.{e}.{part}" for part in parts] for e in range(len(weight))]
+    return [[f"{path}.{leaf}"]] if leaf in MLP else []
+
+
+@knows_routers
+@pytest.mark.parametrize("kind, shared", [("qwen2_moe", "shared_expert"), ("deepseek_v3", "shared_experts")])
+def test_shared_experts_and_dense_layers_keep_their_adapters(tmp_path, kind, shared):
+    """They have the names of single experts' layers. Against the weights with s·B·A added by hand, in a plain model."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny(kind)).eval()
+    plain.save_pretrained(tmp_path / "base")
+    tensors = {}
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            for matrix, parts in zip(weight if weight.ndim == 3 else [weight], old_layers(name, weight), strict=False):
+                for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                    a, b = torch.randn(R, rows.shape[1]) * 0.1, torch.randn(len(rows), R) * 0.1
+                    tensors |= {f"base_model.model.{part}.lora_{k}.weight": f for k, f in zip("AB", (a, b), strict=True)}
+                    rows += 8 / R * b @ a
+    (tmp_path / "old").mkdir()
+    save_file(tensors, tmp_path / "old" / WEIGHTS)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": R, "lora_alpha": 8, "target_modules": list(MLP)}
+    (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(config))
+    file = load_file(from_per_expert(tmp_path / "old", tmp_path / "new") / WEIGHTS)
+    assert any(f".{shared}." in key for key in file)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "new")).eval()
+    ours = qlora.load_lora(load_4bit(tmp_path / "base", dtype="float32"), tmp_path / "new")
+    for model in (stock, ours):
+        loaded = get_peft_model_state_dict(model)
+        assert set(loaded) == set(file) and all(torch.equal(loaded[k], file[k]) for k in file)
+    with torch.no_grad():
+        ids = IDS % 128
+        torch.testing.assert_close(stock(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+        merged = qlora.merge(ours, "float32")
+        torch.testing.assert_close(ours.eval()(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "qwen") / WEIGHTS)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in back)
+    assert set(json.loads((tmp_path / "back" / "adapter_config.json").read_text())["target_modules"]) == set(MLP)
+
+
+def test_the_training_dropout_goes_both_ways(base, tmp_path):
+    """An old adapter has it in its configuration; here it lies beside one that says 0, as stock PEFT wants it."""
+    old_adapter(tmp_path / "old")
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    to_per_expert(tmp_path / "new", tmp_path / "back")
+    from_per_expert(tmp_path / "back", tmp_path / "again")
+    for name in ("new", "back", "again"):
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["lora_dropout"] == 0.0
+        model = qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / name, trainable=True)
+        stacks = [m for m in model.modules() if isinstance(m, qlora.ParamWrapper) and m._param_ndim == 3]
+        assert stacks and {m.expert_dropout["default"] for m in stacks} == {0.05}, name
 
 
 def test_what_cannot_be_converted_is_said(base, tmp_path):

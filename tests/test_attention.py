@@ -14,6 +14,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    AutoTokenizer,
     MixtralForCausalLM,
     OlmoeForCausalLM,
     SwitchTransformersForConditionalGeneration,
@@ -26,6 +27,7 @@ from helpers.router_losses import attach_router_losses
 from helpers.tokens import Collator, Encoded, document_bounds, packed_row
 from helpers.trainer import CourseTrainer, NumberedCollator
 from tests import small_runs
+from tests.moe_families import knows_routers, tiny
 from tests.small_runs import STORIES, small_profile, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,8 +64,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(base):
-    from transformers import AutoTokenizer
-
     rows = build_corpus(STORIES, AutoTokenizer.from_pretrained(base), 512).numbered()
     several = [row for row in rows if (row["position_ids"] == 0).sum() > 1][:2]
     assert len(several) == 2, "two rows of several documents"
@@ -261,6 +261,123 @@ def test_a_sliding_window_is_left_to_sdpa(base, batch):
         found.append(model.to(DEVICE)(**given(batch, name), use_cache=False).logits)
     assert torch.equal(*found)
     assert (found[0] - logits(base, "sdpa", batch)).abs().max() > 1e-3, "the window does something"
+
+
+# ------------------------------------------------------------------------------------------- do documents stay apart?
+
+
+def family(kind: str, dtype: torch.dtype = torch.float32, name: str = attention.DOCUMENTS):
+    """A tiny model whose weights are large enough for its layers to matter beside the embeddings."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny(kind))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.1)
+    model.set_attn_implementation(name)
+    return model.to(DEVICE, dtype).eval()
+
+
+@torch.no_grad()
+def effect(model) -> tuple[float, float]:
+    """How far other words in a row's first document move the second one's logits, and the first one's own."""
+    ids = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None].to(DEVICE)
+    found = []
+    for words in (ids, torch.cat([ids[:, :9].flip(1), ids[:, 9:]], 1)):
+        found.append(model(input_ids=words, position_ids=positions, use_cache=False).logits.float())
+    difference = (found[0] - found[1]).norm(dim=-1)[0] / found[0].norm(dim=-1)[0]
+    return difference[9:].max().item(), difference[:9].median().item()
+
+
+APART = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "phimoe", "granitemoe"]
+MIXED = ["granitemoehybrid", "jamba", "qwen3_next", "afmoe"]
+UNKNOWN_MASK = ["deepseek_v32"]  # its indexer takes any mask for a table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", APART)
+def test_models_that_keep_documents_apart_are_left_as_they_are(kind, dtype):
+    model = family(kind, dtype)
+    assert attention.check_packing(model) == attention.DOCUMENTS == model.config._attn_implementation
+    if dtype == torch.float32:
+        other, own = effect(model)
+        assert other < 1e-5 and own > 0.1
+
+
+@pytest.mark.parametrize("name", [attention.DOCUMENTS, "eager"])
+@pytest.mark.parametrize("kind", MIXED)
+def test_models_that_mix_documents_are_refused_by_name(kind, name):
+    model = family(kind, name=name)
+    assert effect(model)[0] > 0.01
+    tried = {attention.DOCUMENTS: "sdpa_documents: .* sdpa: a document changes", "eager": "eager: a document changes"}
+    with pytest.raises(ValueError, match=f"^{type(model).__name__} cannot be trained on packed rows.*{tried[name]}.*OLMoE$"):
+        attention.check_packing(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_leak_is_told_from_rounding(kind, dtype):
+    with pytest.raises(ValueError, match="a document changes the next one's logits by"):
+        attention.check_packing(family(kind, dtype))
+    leak, rounding = attention.packing_errors(family(kind, dtype))
+    assert leak > 20 * max(rounding, torch.finfo(dtype).eps)
+
+
+@knows_routers
+@pytest.mark.parametrize("kind", UNKNOWN_MASK)
+def test_models_that_fail_with_document_lengths_are_given_sdpa(kind):
+    model = family(kind)
+    with pytest.raises(IndexError):
+        effect(model)
+    assert attention.check_packing(model) == "sdpa" == model.config._attn_implementation
+    other, own = effect(model)
+    assert other < 1e-5 and own > 0.1
+
+
+def test_flash_attention_is_tried_as_it_is_trained(base, monkeypatch):
+    """With the documents' bounds: without them, it would mix them."""
+    model = loaded(base, VARLEN)
+    assert attention.check_packing(model) == VARLEN
+    monkeypatch.setattr(attention, "bounds", lambda *_: {})
+    with pytest.raises(ValueError, match=f"MixtralForCausalLM .*{VARLEN}: a document changes the next"):
+        attention.check_packing(model)
+
+
+def test_trying_it_out_leaves_no_trace(base):
+    model = training.prepare_model(small_profile(base, dtype="bfloat16", lora_dropout=0.5)).train()
+    handle = attach_router_losses(model, 1e-3, 1e-3)
+    modes = [m.training for m in model.modules()]
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    noise = model.get_base_model().model.layers[0].register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
+    assert attention.check_packing(model) == attention.DOCUMENTS
+    noise.remove()
+    assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
+    assert all(torch.equal(weights[n], p) and p.grad is None for n, p in model.named_parameters())
+    assert handle.metrics == {} and handle.injected == 0 and "never reported" in handle.problem()
+    leak, rounding = attention.packing_errors(model)
+    assert (leak, rounding) == attention.packing_errors(model), "no dropout, and the same documents each time"
+
+
+@knows_routers
+@pytest.mark.parametrize(("kind", "settled"), [("granitemoehybrid", None), ("deepseek_v32", "sdpa")])
+def test_a_run_tries_it_out_before_its_first_step(kind, settled, base, tmp_path, capsys):
+    model = family(kind)
+    model.resize_token_embeddings(AutoTokenizer.from_pretrained(base).vocab_size)
+    model.config.max_position_embeddings = 512
+    folder = tmp_path / kind
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    profile = small_profile(folder, max_steps=1, lora_router=False)
+    if settled is None:
+        with pytest.raises(ValueError, match="GraniteMoeHybridForCausalLM cannot be trained on packed rows"):
+            train(folder, tmp_path / "run", profile)
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+    else:
+        result = train(folder, tmp_path / "run", profile)
+        assert json.loads((result.run_dir / "result.json").read_text())["attention"] == settled
+        assert f"attention: {settled} (sdpa_documents does not serve" in capsys.readouterr().out
 
 
 def test_a_run_takes_the_attention_that_was_asked_for_and_says_so(base, tmp_path, capsys):

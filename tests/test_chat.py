@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.chat import SILENCE, Chat, talk, terminal
+from helpers.chat import SILENCE, Chat, save_transcript, talk, terminal
 from helpers.eval_widgets import chat_panel, reply_explorer, reply_page
 from helpers.evaluation import held_out
 from helpers.generation import Prompt, Sampling, generate_replies
@@ -167,3 +167,53 @@ def test_the_terminal_takes_a_character_lengths_and_commands(model, tokenizer):
     assert "a number from 1 to 2, please" in text and "[unknown length 'gigantic'" in text and "the text is empty" in text
     assert "(long) you: " in text and "(no length) you: " in text and "/again: another reply" in text
     assert chat.story.messages[-1].text in "".join(written)
+
+
+def answers(*lines):
+    """An `input` that gives these lines; an exception among them is raised."""
+    rest = iter(lines)
+
+    def ask(prompt):
+        line = next(rest)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    return ask
+
+
+def test_ctrl_c_stops_a_reply_and_then_the_talk_and_loses_neither(model, tokenizer, monkeypatch, tmp_path):
+    def stopped(*_):
+        yield "Half a"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.chat.stream_reply", stopped)
+    written: list[str] = []
+    ask = answers("\u00b2", "1", "Hello?", KeyboardInterrupt())  # a superscript two is a digit, and no number
+    chat = terminal(model, tokenizer, held_out(PROFILES["tiny"], 1), ask, lambda *a, **k: written.append("".join(a)), SHORT)
+    text = "\n".join(written)
+    assert "a number from 1 to 1, please" in text and "stopped; what came is kept" in text
+    assert [m.text for m in chat.story.messages] == ["Hello?", "Half a"]
+    kept = save_transcript(chat, tmp_path / "chats").read_text(encoding="utf-8")
+    assert "Hello?" in kept and "Half a" in kept and chat.story.names.character in kept
+
+
+def test_a_lack_of_memory_does_not_end_the_talk(model, tokenizer, monkeypatch):
+    def full(*_):
+        yield "Well"
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr("helpers.chat.stream_reply", full)
+    written: list[str] = []
+    ask = answers("1", "Hello?", EOFError())
+    chat = terminal(model, tokenizer, held_out(PROFILES["tiny"], 1), ask, lambda *a, **k: written.append("".join(a)), SHORT)
+    assert chat.story.messages[-1].text == "Well" and "What came is kept" in "\n".join(written)
+
+
+def test_many_characters_are_not_all_introduced(model, tokenizer, setting):
+    written: list[str] = []
+    chat = terminal(model, tokenizer, [setting] * 30, answers("30", "/quit"), lambda *a, **k: written.append("".join(a)), SHORT)
+    assert chat.story.names == setting.names and len([w for w in written if w[:1].isdecimal()]) == 20
+    assert any("up to 30" in w for w in written)
+    with pytest.raises(ValueError, match="no character"):
+        terminal(model, tokenizer, [], answers())

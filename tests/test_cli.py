@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import yaml
 
 from helpers.__main__ import main
 from helpers.profiles import ROOT
-from helpers.stories import load_stories
+from helpers.stories import load_stories, save_stories
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COURSE_PROFILE": "tiny", "HF_HUB_OFFLINE": "1"}
 
@@ -116,3 +117,165 @@ def test_what_it_prints_is_utf8_whatever_the_console(tmp_path):
     for encoding in ("cp1252", "cp932"):
         done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}, capture_output=True)
         assert done.returncode == 0 and "\N{EN DASH}" in done.stdout.decode("utf-8")
+
+
+WRONG = """
+train --micro-batch 0, train --accumulation -1, train --max-steps 0, train --seed -1, train --z-coef nan, train --log-every 0,
+train --epochs 0, train --learning-rate inf, train --lora-r 1.5, train --attention foo, budget --context -5, stories --trl a.yaml
+"""
+
+
+@pytest.mark.parametrize("arguments", [text.split() for text in WRONG.split(",")], ids="-".join)
+def test_a_wrong_number_is_answered_by_its_name(arguments, tmp_path, capsys):
+    command, option, value = arguments
+    place = {"train": ["--output", str(tmp_path / "run")], "stories": [str(tmp_path)]}.get(command, [])
+    with pytest.raises(SystemExit) as caught:
+        main([command, *place, option, value])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and f"argument {option}" in said and value in said
+    assert option != "--attention" or "sdpa_documents" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_output_replaces_a_story(tmp_path, capsys):
+    good = ROOT / "data_samples" / "stories" / "return_half.yaml"
+    own, config = tmp_path / "own.jsonl", tmp_path / "mine.yaml"
+    main(["stories", str(good), "--jsonl", str(own)])
+    own.write_text(own.read_text(encoding="utf-8") + "not a story\n", encoding="utf-8")
+    shutil.copy(good, config)
+    before = {p: p.read_bytes() for p in (own, config)}
+    (tmp_path / "link.jsonl").symlink_to(own)
+    new = str(tmp_path / "new.jsonl")
+    refused = [
+        (own, ["--jsonl", str(own)], "is the file that the stories are read from"),
+        (own, ["--trl", str(tmp_path / "link.jsonl")], "is the file that the stories are read from"),
+        (config, ["--axolotl", str(tmp_path / "mine.jsonl")], "is the file that the stories are read from"),
+        (own, ["--axolotl", str(tmp_path / "mine.jsonl")], "which is there and is none"),
+        (own, ["--jsonl", new, "--trl", new], "would both write"),
+        (tmp_path, ["--jsonl", new], "would be read as one"),
+    ]
+    capsys.readouterr()
+    for source, arguments, why in refused:
+        assert main(["stories", str(source), *arguments]) == 2
+        assert why in capsys.readouterr().err, arguments
+    assert {p: p.read_bytes() for p in before} == before and not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_profile_for_a_gpu_is_refused_without_one(tmp_path, capsys):
+    assert main(["train", "--profile", "t4", "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "t4 is meant for 14 GiB of GPU memory, here are 0.0" in said and "--anyway" in said
+
+
+def test_train_leaves_out_what_it_cannot_use_and_says_so(tmp_path, capsys):
+    from tests import small_runs
+
+    base = small_runs.make_base(tmp_path / "base")
+    story = json.loads(next(iter(stories_as_lines(tmp_path))))
+    long = {**story, "conversation": [{"name": "<FIRST>", "text": "Yes. " * 900}]}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(s) + "\n" for s in (story, story, long, long)) + "{\n", encoding="utf-8")
+    command = ["train", "--profile", "tiny", "--base", str(base), "--stories", str(mine), "--epochs", "1", "--lora-r", "4"]
+    command += ["--context", "2000", "--learning-rate", "1e-3", "--output", str(tmp_path / "run")]
+    assert main(command) == 2 and f"{mine}:5" in capsys.readouterr().err
+    assert main([*command, "--skip-bad-stories"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out: {mine}:5" in said and f"left out: {mine}:3: not even the last reply fits in 2000 tokens" in said
+    assert f"left out: {mine}:4" in said and f"twice: {mine}:2 is word for word" in said and "corpus: 2 stories" in said
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["profile"]
+    assert (settings["context"], settings["lora_r"], settings["learning_rate"], settings["max_steps"]) == (2000, 4, 1e-3, -1)
+    mine.write_text("{\n")
+    assert main([*command, "--skip-bad-stories"]) == 2 and "no story is left" in capsys.readouterr().err
+
+
+def stories_as_lines(folder):
+    main(["stories", str(ROOT / "data_samples" / "stories" / "return_half.yaml"), "--jsonl", str(folder / "one.jsonl")])
+    return (folder / "one.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_failures_of_libraries_are_one_sentence(tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+
+    for error in (
+        RuntimeError("2 experts are not 4-bit\nmore"),
+        SafetensorError("header too small"),
+        ImportError("no flash_attn"),
+    ):
+
+        def fails(_path, _problems=None, error=error):
+            raise error
+
+        monkeypatch.setattr("helpers.stories.load_stories", fails)
+        assert main(["stories", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert str(error).splitlines()[0] in said and "COURSE_TRACEBACK" in said and said.count("\n") == 1
+
+    def bug(_path, _problems=None):
+        raise KeyError("a bug of ours is not hidden")
+
+    monkeypatch.setattr("helpers.stories.load_stories", bug)
+    with pytest.raises(KeyError):
+        main(["stories", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run of one step."""
+    from helpers import training
+    from helpers.evaluation import held_out
+    from helpers.profiles import PROFILES
+
+    folder = tmp_path_factory.mktemp("finished")
+    profile = dataclasses.replace(PROFILES["tiny"], max_steps=1, lora_r=4, context=512)
+    training.train(profile, held_out(PROFILES["tiny"], 2), folder, progress=None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("evaluate", "RUN", "--samples", "0"), "samples=0: at least 1"),
+        (("evaluate", "RUN", "--batch-size", "-2"), "batch_size=-2: at least 1"),
+        (("evaluate", "RUN", "--stories", "nowhere"), "nowhere: no such file or folder"),
+        (("evaluate", "RUN", "--temperature", "nan"), "temperature=nan: out of range"),
+        (("chat", "RUN", "--stories", "nowhere"), "nowhere: no such file or folder"),
+        (("share", "RUN", "--send"), "--send belongs to --push"),
+        (("share", "RUN", "--public"), "--public belongs to --push"),
+        (("share", "RUN", "--target", "fax"), "unknown target 'fax'"),
+        (("share", "RUN", "--push", "adapter"), "USER/NAME"),
+        (("share", "RUN", "--merged", "helpers"), "helpers exists: merge into another folder"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written(finished_run, command, said, capsys):
+    before = sorted(p.relative_to(finished_run) for p in finished_run.rglob("*"))
+    assert main([str(finished_run) if part == "RUN" else part for part in command]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(p.relative_to(finished_run) for p in finished_run.rglob("*")) == before
+
+
+def test_an_option_of_share_does_not_swallow_the_run(finished_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    assert main(["share", "--target", "ollama,koboldcpp", "--dataset", "me/stories", str(folder), "--char", "Ferro"]) == 0
+    assert sorted(p.name for p in (folder / "adapter" / "presets").iterdir()) == ["Modelfile", "koboldcpp_adapter.json"]
+    assert "Ferro:" in (folder / "adapter" / "presets" / "Modelfile").read_text(encoding="utf-8")
+    assert "- me/stories" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_talk_through_a_pipe_is_utf8_and_kept(finished_run, tmp_path):
+    stories = tmp_path / "mine.jsonl"
+    save_stories(load_stories(ROOT / "data_samples" / "heldout")[:1], stories)
+    command = [sys.executable, "-m", "helpers", "chat", str(finished_run), "--stories", str(stories)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "cp1252"},
+        input="1\n/length micro\nCafé für zwei?\n".encode(),
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (file,) = (finished_run / "chats").iterdir()
+    assert "Café für zwei?" in file.read_text(encoding="utf-8") and str(file) in done.stdout.decode("utf-8")
+    shutil.rmtree(finished_run / "chats")

@@ -189,3 +189,35 @@ def test_a_colab_secret_reaches_the_hub_and_is_never_printed(monkeypatch, capsys
     monkeypatch.setenv("HF_TOKEN", "")
     environment.use_colab_secret()
     assert not os.environ["HF_TOKEN"]
+
+
+def test_the_disk_is_asked_where_the_run_and_the_model_go(monkeypatch, tmp_path):
+    """Of Mixtral three checkpoints of 5 GiB exist at once, and the adapter."""
+    disks = {}
+    monkeypatch.setattr(
+        environment.shutil, "disk_usage", lambda place: disks.setdefault(str(place), types.SimpleNamespace(free=0))
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    large = profiles.PROFILES["a100-80"]
+    assert 17 < environment.run_gib(large) < 18 and 9 < environment.run_gib(profiles.PROFILES["t4"]) < 10
+    check = environment.check_disk(large, tmp_path / "runs" / "mine")
+    assert list(disks) == [str(tmp_path)] and not check.ok
+    assert "0.0 GiB free" in check.detail and "wanted 104.3 for the run and the base model" in check.detail
+    blobs = tmp_path / "cache" / "models--mistralai--Mixtral-8x7B-v0.1" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / "weights").open("wb") as file:
+        file.truncate(87 * 2**30)  # sparse
+    assert environment.missing_gib(large) == 0
+    disks[str(tmp_path)].free = 17.5 * 2**30
+    assert environment.check_disk(large, tmp_path / "runs").ok, "the model is there"
+    disks[str(tmp_path)].free = 17 * 2**30
+    assert not environment.check_disk(large, tmp_path / "runs").ok
+
+
+def test_the_hubs_bars_stay_on_a_terminal(monkeypatch):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        environment.quiet()
+        assert are_progress_bars_disabled() is not terminal

@@ -93,3 +93,15 @@ def test_side_by_side_and_perplexity_draw_each_mean(tables):
     ]
     figure = eval_plots.plot_perplexity(rows)
     assert {y for _, y in points(figure.axes[0])} == {2.0, 3.0, 2.5, 2.6} and "micro 3.00 to 2.00" in figure.alt
+    assert "short, medium, long" in figure.axes[0].get_xlabel()
+
+
+def test_a_perplexity_of_few_replies_is_hollow_and_what_is_left_out_is_named():
+    rows = [{"length": name, "replies": n, "with": 2.0, "without": 3.0} for name, n in zip(LENGTHS, range(5, 15), strict=True)]
+    (axes,) = eval_plots.plot_perplexity(rows).axes
+    hollow = {tuple(p) for line in axes.lines if line.get_markerfacecolor() == "white" for p in line.get_xydata()}
+    assert hollow == {(x, y) for x in range(5) for y in (2.0, 3.0)}
+    assert axes.get_xlabel() == "" and "fewer than 10" in axes.get_legend().get_title().get_text()
+    (axes,) = eval_plots.plot_perplexity(rows[5:9]).axes
+    assert axes.get_xlabel().endswith("micro, tiny, short, medium, long, unlimited")
+    assert axes.get_legend().get_title().get_text() == ""

@@ -9,12 +9,22 @@ import random
 import statistics
 
 import pytest
+import torch
 
 from helpers.eval_plots import plot_lengths
-from helpers.evaluation import CONDITIONS, LengthTable, held_out, measure_length_control
+from helpers.evaluation import (
+    CONDITIONS,
+    LengthTable,
+    Size,
+    conversations_of,
+    held_out,
+    measure_length_control,
+    with_room,
+)
 from helpers.generation import Sampling
 from helpers.lengths import LENGTHS, word_range
 from helpers.profiles import PROFILES
+from helpers.stories import StoryError, save_stories
 from helpers.tiny import ADAPTER_SEED, EVALUATION_SEED
 
 
@@ -133,9 +143,50 @@ def test_measuring_asks_every_conversation_under_every_condition(tiny_model, tok
         measure_length_control(model, tokenizer, [])
 
 
+def test_senseless_sizes_are_refused_by_name(tiny_model, tokenizer):
+    for name in ("conversations", "samples", "batch_size"):
+        for value in (0, -2):
+            with pytest.raises(ValueError, match=f"{name}={value}: at least 1"):
+                Size(**{name: value})
+    stories = held_out(PROFILES["tiny"], 1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        measure_length_control(tiny_model, tokenizer, stories, batch_size=0)
+    with pytest.raises(ValueError, match="samples=0"):
+        measure_length_control(tiny_model, tokenizer, stories, samples=0)
+
+
+def test_conversations_of_ones_own_are_read_like_stories(tmp_path, tokenizer):
+    stories = held_out(PROFILES["tiny"], 3) + held_out(PROFILES["tiny"], 2, reply=3)
+    file = save_stories(stories, tmp_path / "mine.jsonl")
+    assert [s.names for s in conversations_of(file)] == [s.names for s in stories]
+    assert [s.names for s in conversations_of(file, reply=3)] == [s.names for s in stories if len(s.replies) > 3]
+    assert len(with_room(stories, 0, tokenizer, 1024, 420)) == 5 and with_room(stories, 0, tokenizer, 1024, 1000) == []
+    file.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(StoryError, match=r"mine\.jsonl:1"):
+        conversations_of(file)
+
+
+def test_a_lack_of_memory_names_half_the_batch_and_keeps_what_is_made(tmp_path, tiny_model, tokenizer, monkeypatch):
+    from helpers import replies
+
+    real = replies.iterate_replies
+
+    def full(*args):
+        yield next(real(*args))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(replies, "iterate_replies", full)
+    stories, sampling = held_out(PROFILES["tiny"], 1), Sampling(max_new_tokens=3)
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB\. 8 rows at once .*--batch-size 4.* are kept in"):
+        measure_length_control(tiny_model, tokenizer, stories, sampling, batch_size=8, folder=tmp_path)
+    (file,) = tmp_path.glob("replies-*.jsonl")
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 1
+    with pytest.raises(torch.OutOfMemoryError, match="even one row"):
+        measure_length_control(tiny_model, tokenizer, stories, sampling, batch_size=1)
+
+
 @pytest.fixture(scope="module")
 def tiny_model():
-    import torch
     from transformers import AutoModelForCausalLM
 
     from helpers.tiny import HOME
@@ -174,7 +225,6 @@ def test_an_interrupted_measurement_continues_where_it_was(tmp_path, tiny_model,
 
 
 def test_replies_of_another_model_or_sampling_are_never_taken(random_mixtral):
-    import torch
     from transformers import AutoModelForCausalLM
 
     from helpers.qlora import add_lora

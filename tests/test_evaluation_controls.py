@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -102,7 +103,8 @@ def test_a_change_in_mid_conversation_asks_with_the_models_own_first_reply(stori
     means = behaviour.mean_by(rows, "first", "then")
     assert [m["mean"] for m in means[:3]] == [5, 14, 68] and means[0]["low"] == means[0]["high"] == 5
     follows, ignores = conclusions.about_changes(rows, LENGTHS)
-    assert follows.reached and ignores.reached and float(ignores.measured) == 0
+    assert follows.reached and float(ignores.measured) == 0
+    assert ignores.reached is None, "four conversations show no absence"
 
 
 def test_a_first_reply_with_what_no_story_may_hold_is_cleaned(stories, tokenizer):
@@ -189,10 +191,44 @@ def test_conclusions_say_no_when_it_is_no():
     assert [c.reached for c in refused] == [False] * 5 + [True]
     assert all(c.reached for c in conclusions.about_control(flat, perfect))
     assert not any(c.reached for c in conclusions.about_control(perfect, flat))
-    natural, order = conclusions.about_no_modifier(perfect, [{"persona": "a", "mean": 1}, {"persona": "b", "mean": 1}])
-    assert natural.reached and not order.reached
+    personas = [{"persona": name, "mean": m, "low": m - 2, "high": m + 2} for name, m in (("a", 10), ("b", 11), ("c", 13))]
+    natural, order = conclusions.about_no_modifier(perfect, personas)
+    assert natural.reached and not order.reached, "a larger mean whose interval overlaps is not called larger"
+    personas.append({"persona": "d", "mean": 20, "low": 15.5, "high": 25})
+    assert conclusions.about_no_modifier(perfect, personas)[1].reached
+    assert conclusions.neighbours(personas, "persona") == [
+        "a and b: not told apart, their intervals overlap",
+        "b and c: not told apart, their intervals overlap",
+        "d above c, beyond intervals",
+    ]
+    assert conclusions.neighbours(personas[:1:-1], "persona") == ["c below d, beyond intervals"]
+    assert conclusions.top_three(perfect).endswith("intervals that overlap: none")
+    assert conclusions.top_three(flat).endswith("enormous and humongous, humongous and unlimited")
     assert not conclusions.about_no_modifier(table(lambda c, i: 40))[0].reached
     (names,) = conclusions.about_names([{"with names": 0.9, "right names": 0.9}, {"with names": 0.1, "right names": None}])
     assert not names.reached and names.measured == "90.0%"
     text = conclusions.render(refused)
     assert "1 of 6 goals reached" in text and text.startswith("NO ")
+
+
+def test_an_absence_is_judged_by_what_chance_gives_and_not_from_a_handful():
+    """Lengths drawn at random: of 20 conversations, 0.1 alone would call every sixth control an effect."""
+    perfect, few = (table(lambda c, i: word_range(c)[0] if c else 10, n=n) for n in (20, 3))
+    missed, above = 0, 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        control = table(lambda c, i, rng=rng: rng.randint(1, 200))
+        same, apart = conclusions.about_control(control, perfect)
+        missed, above = missed + (not same.reached), above + (abs(control.statistics["spearman"]) > conclusions.CONTROL_LIMIT)
+        assert apart.reached
+    assert missed <= 5 and above > missed
+    assert conclusions.no_more_than(400) == conclusions.CONTROL_LIMIT and conclusions.no_more_than(96) == pytest.approx(
+        0.2, abs=0.01
+    )
+    found = [*conclusions.about_control(few, few), *conclusions.about_adapter(few)]
+    assert [c.reached for c in found[:2]] == [None, None], "not even a perfect effect is a finding from three conversations"
+    text = conclusions.render(found)
+    assert text.startswith("?") and "goal |..| <= 0.36: too few conversations to say" in text
+    assert "5 of 5 goals reached; 3 more: too few conversations to say" in text
+    weak = table(lambda c, i: 20 + 3 * (LENGTHS.index(c) if c else 0) + (7 * i) % 60)
+    assert not conclusions.about_control(weak, perfect)[0].reached, "an effect is still one"

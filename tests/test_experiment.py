@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import shutil
+import weakref
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from helpers import experiment, training
 from helpers.evaluation import CONDITIONS, LengthTable, Size, held_out
 from helpers.generation import Sampling
 from helpers.profiles import PROFILES
+from helpers.stories import load_stories, save_stories
 
 SMALL, SHORT = Size(conversations=2, samples=2, batch_size=64), Sampling(max_new_tokens=6)
 
@@ -46,6 +51,95 @@ def test_a_run_is_measured_by_one_call_which_continues_if_interrupted(run, monke
 
     monkeypatch.setattr("helpers.replies.iterate_replies", None)  # a second call makes no reply again
     assert experiment.evaluate_run(run, SMALL, SHORT, say=lambda text: None) == results
+
+
+@pytest.fixture
+def small_run(run, tmp_path):
+    """A copy of the run, and a file of the two stories that it was trained on."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluation", "behaviour.json"))
+    return folder, save_stories(held_out(PROFILES["tiny"], 2, reply=1), tmp_path / "trained.jsonl")
+
+
+def test_the_control_is_trained_on_the_runs_own_stories(small_run, tmp_path):
+    folder, trained = small_run
+    _, profile = experiment.finished(folder)
+    with pytest.raises(ValueError, match=r"trained on stories of yours.*--training-stories"):
+        experiment.evaluate_run(folder, SMALL, SHORT, controls=True, say=lambda text: None)
+    other = save_stories(held_out(PROFILES["tiny"], 3, reply=1), tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match=r"other.jsonl: not what .* was trained on"):
+        experiment.trained_on(folder, profile, other)
+    with pytest.raises(ValueError, match="--controls"):
+        experiment.evaluate_run(folder, SMALL, SHORT, training_stories=trained, say=lambda text: None)
+    assert [s.names for s, _ in experiment.trained_on(folder, profile, trained)] == [s.names for s in load_stories(trained)]
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    training.write_json(folder / "run.json", facts | {"stories": str(trained)})
+    assert len(experiment.trained_on(folder, profile)) == 2, "a run that says where they are needs no help"
+    training.write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
+    with pytest.raises(ValueError, match="the stories of the profile: not what"):
+        experiment.trained_on(folder, dataclasses.replace(profile, stories="generated:20"))
+
+
+@pytest.mark.slow
+def test_the_control_is_trained_and_measured_before_the_run_is_loaded(small_run, monkeypatch):
+    folder, trained = small_run
+    order, real = [], experiment.load_run
+
+    def load(place):
+        order.append(Path(place).name)
+        gc.collect()
+        assert not [m for m in alive if m() is not None], "two models at once"
+        found = real(place)
+        alive.append(weakref.ref(found[1]))
+        return found
+
+    alive: list = []
+    monkeypatch.setattr(experiment, "load_run", load)
+    monkeypatch.setattr(experiment, "train", lambda *a, **k: training.train(*a, stop_after=None, progress=None, **k))
+    said: list[str] = []
+    size = Size(conversations=1, samples=1)
+    results = experiment.evaluate_run(folder, size, SHORT, True, say=said.append, training_stories=trained)
+    assert order == ["shuffled", "run"]
+    labels = [LengthTable.load(p).label for p in sorted((folder / "evaluation").glob("*.json"))]
+    assert labels[-2:] == ["shuffled labels", "shuffled labels, deep"] and len(labels) == 8
+    assert any(c["claim"].startswith("shuffled labels:") for c in results["conclusions"])
+
+
+def test_an_interrupted_control_is_an_interruption(small_run, monkeypatch, capsys):
+    from helpers.__main__ import main
+
+    folder, trained = small_run
+    monkeypatch.setattr(experiment, "train", lambda *a, **k: training.train(*a, stop_after=1, progress=None, **k))
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts["profile"]["max_steps"] = 3
+    training.write_json(folder / "run.json", facts)
+    assert main(["evaluate", str(folder), "--controls", "--training-stories", str(trained)]) == 130
+    assert "run the same evaluate again" in capsys.readouterr().err
+    assert list((folder / "controls" / "shuffled").glob("checkpoint-*")), "its steps are kept"
+
+
+@pytest.mark.slow
+def test_conversations_of_ones_own_are_measured_and_named(small_run, tmp_path):
+    folder, _ = small_run
+    mine = save_stories(held_out(PROFILES["tiny"], 3, reply=1), tmp_path / "mine.jsonl")
+    shallow = [dataclasses.replace(s, messages=s.messages[:2]) for s in load_stories(mine)]
+    shallow = save_stories(shallow, tmp_path / "shallow.jsonl")
+    size = Size(conversations=2, samples=1)
+    said: list[str] = []
+    results = experiment.evaluate_run(folder, size, SHORT, say=said.append, stories=shallow)
+    assert f"2 for reply 1, none has a reply 4, so nothing is asked there; from {shallow}" in said[0]
+    assert "first of 3 (--conversations" in said[0] and "not known here" in said[0]
+    names = sorted(p.stem for p in (folder / "evaluation").glob("*.json"))
+    assert names == ["1-adapter", "3-base", "5-random"]
+    assert results["conversations"] == {"from": str(shallow), "first": 2, "deep": 0}
+    assert "too few conversations" in said[-1]
+    said.clear()
+    experiment.evaluate_run(folder, size, SHORT, say=said.append, stories=mine)
+    assert any("3 tables of other conversations were moved" in text for text in said)
+    (earlier,) = (folder / "evaluation").glob("of-conversations-*")
+    assert sorted(p.stem for p in earlier.iterdir()) == names, "nothing is lost"
+    with pytest.raises(ValueError, match="none of 3 conversations leaves room for a reply of 9999 tokens"):
+        experiment.evaluate_run(folder, size, Sampling(max_new_tokens=9999), stories=mine, say=lambda text: None)
 
 
 def test_the_summary_has_one_line_a_table():

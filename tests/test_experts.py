@@ -255,8 +255,10 @@ def test_the_scale_multiplies_the_adapters_product():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_draws_the_same_mask_in_backward():
+@pytest.mark.parametrize("together", [0, 2**20])
+def test_dropout_draws_the_same_mask_in_backward(monkeypatch, together):
     """A finite difference along one direction sees the mask of forward; the gradient must agree with it."""
+    monkeypatch.setitem(experts.GROUP, "cpu", together)
     packed, _ = make()
     factors = lora_factors()
     attach(packed, factors, dropout=0.5)
@@ -285,3 +287,103 @@ def test_unsupported_layouts_are_named():
     assert "transposed" in experts.unsupported(packed)
     config = MixtralConfig(hidden_size=48, intermediate_size=I, num_local_experts=2)
     assert "multiple" in experts.unsupported(MixtralExperts(config))
+
+
+MANY = 16
+
+
+@pytest.mark.parametrize("most", [1, 2 * 2 * I * H, 5 * 2 * I * H, 2**30])
+@pytest.mark.parametrize("k", [1, 9])
+def test_experts_handled_together_give_what_they_give_alone(monkeypatch, most, k):
+    """Groups of one, two, five and all of 16 experts, some of them without a token, with a block of rows that ends in one."""
+    packed, _ = make(experts_count=MANY)
+    torch.manual_seed(3)
+    index = torch.stack([torch.randperm(MANY - 3)[:k] + 1 for _ in range(40)])  # nobody chooses 0, 14 and 15
+    index[index == 7] = 8 if k == 1 else 7
+    shapes = [(40, H), (40, k), (MANY, R, H), (MANY, 2 * I, R), (MANY, R, I), (MANY, H, R)]
+    inputs = [(torch.randn(s) * 0.3).requires_grad_() for s in shapes]
+    attach(packed, inputs[2:])
+    found, unpacked = [], []
+    original = experts.bnbf.dequantize_4bit
+    counted = lambda *a, **kw: (unpacked.append(1), original(*a, **kw))[1]  # noqa: E731
+    monkeypatch.setattr(experts.bnbf, "dequantize_4bit", counted)
+    for together, rows in ((0, 2**20), (most, 2 * I * 7)):
+        monkeypatch.setitem(experts.GROUP, "cpu", together)
+        monkeypatch.setitem(experts._PIECE, "cpu", max(rows, 2 * I * H))
+        out = packed(inputs[0], index, inputs[1])
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs), torch.tensor(len(unpacked))])
+        unpacked.clear()
+    *alone, count_alone = found[0]
+    *grouped, count = found[1]
+    for one, other in zip(alone, grouped, strict=True):
+        assert (one - other).norm() <= 2e-6 * one.norm()
+    assert count_alone == 4 * len(index.unique()), "each expert with tokens: two projections, forward and backward"
+    assert count == count_alone if most == 1 else count < count_alone
+
+
+def test_an_index_that_names_no_expert_adds_nothing():
+    """transformers writes E for a place that holds no token. Memory that nobody wrote must not be read."""
+    packed, _ = make()
+    attach(packed, lora_factors())
+    index, weight = torch.tensor([[0, E], [E, E], [3, 1], [E, 2]]), torch.rand(4, 2)
+    nan = [torch.full((8, H), float("nan")) for _ in range(64)]  # what new memory may hold
+    del nan
+    found = []
+    for chosen, weights in ((index, weight), (index.clamp(max=E - 1), weight * (index < E))):
+        x = torch.randn(4, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = packed(x, chosen, weights)
+        found.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).norm() <= 2e-6 * wanted.norm()
+    assert not packed(torch.randn(2, H), torch.full((2, 2), E), torch.rand(2, 2)).any()
+
+
+def test_recomputation_ends_before_the_down_projection(random_mixtral, monkeypatch):
+    """With checkpointing: of gate and up twice forward and once backward, of down once each."""
+    model = load_4bit(random_mixtral, dtype="float32").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    passes = []
+    original = experts.Unpacker.over
+    monkeypatch.setattr(
+        experts.Unpacker, "over", lambda self, spans: (passes.append((self.rows, self.columns)), original(self, spans))[1]
+    )
+    ids = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    config = model.config
+    up, down = (2 * config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    assert passes.count(up) * 2 == passes.count(down) * 3 and set(passes) == {up, down}
+
+
+def test_backward_under_autocast_and_a_second_derivative():
+    packed, _ = make()
+    factors = lora_factors()
+    attach(packed, factors)
+    x = torch.randn(5, H, requires_grad=True)
+    out = packed(x, INDICES["top-2"], torch.rand(5, 2, generator=torch.Generator().manual_seed(0)))
+    wanted = torch.autograd.grad(out.square().sum(), [x, *factors], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out.square().sum(), [x, *factors], retain_graph=True)
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_compiled_it_stays_what_it_is():
+    packed, _ = make()
+    attach(packed, lora_factors())
+    x, weight = torch.randn(5, H), torch.rand(5, 2)
+    compiled = torch.compile(packed, backend="eager")
+    assert torch.equal(compiled(x, INDICES["top-2"], weight), packed(x, INDICES["top-2"], weight))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad, monkeypatch):
+    """Also where quantising hides it: CUDA's takes the largest of a block in a way that passes over NaN."""
+    weight = torch.randn(E, 64, 64)
+    weight[2, 5, 6] = bad
+    original = experts.bnbf.quantize_4bit
+    monkeypatch.setattr(experts.bnbf, "quantize_4bit", lambda w, **kw: original(w.nan_to_num(0, 0, 0), **kw))
+    with pytest.raises(ValueError, match="not finite"):
+        experts.quantize_stack(weight)

@@ -11,9 +11,7 @@ from functools import partial
 import bitsandbytes.functional as bnbf
 import pytest
 import torch
-import transformers
 from bitsandbytes.nn import Params4bit
-from packaging.version import Version
 from torch import nn
 from torch.func import functional_call
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -21,12 +19,10 @@ from transformers.activations import ACT2FN
 
 from helpers import experts, qlora
 from helpers.quantization import audit, load_4bit, random_4bit
-from tests.moe_families import causal_lms, dispatched, experts_module, tiny
+from tests.moe_families import causal_lms, dispatched, experts_module, knows_routers, tiny
 
 # Which families have a recordable router, and how their classes look, differs from version to version.
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="older transformers know the routers of fewer families"
-)
+pytestmark = knows_routers
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
 CLASSES = {c.__name__: c for classes in dispatched().values() for c in classes}
 REFUSED = {

@@ -17,7 +17,7 @@ from helpers.profiles import PROFILES
 from helpers.prompts import CHAT_TEMPLATE, format_story, generation_prompt, instruction
 from helpers.stories import Message, Pair, Story
 from helpers.tiny_stories import make_story
-from helpers.tokens import IGNORED, encode
+from helpers.tokens import IGNORED, encode, encode_all
 from tests.make_tokenizers import KINDS, make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,6 +54,34 @@ def test_axolotl_rows_are_refused_where_segments_would_differ():
     """A SentencePiece tokenizer that puts a space in front of texts, but not after special tokens: rows cannot say that."""
     with pytest.raises(ValueError, match=r"cuts segments otherwise than running text \(token \d+: \['▁', "):
         list(interchange.axolotl_rows(LABELLED, make_tokenizer("sentencepiece")))
+
+
+@pytest.mark.parametrize("long", ["split", "drop"])
+def test_axolotl_rows_are_the_samples_of_the_training(long, tokenizer):
+    """Stories beyond the context are split or shortened as in training: Axolotl would cut off what is too much."""
+    stories = [make_story(k, max_words=300) for k in range(8)]
+    labelled = [(s, label_replies(s)) for s in stories]
+    ours = list(encode_all(labelled, tokenizer, 320, long=long))
+    assert long == "drop" or len(ours) > len(stories), "some are split"
+    assert long == "split" or any(s.dropped_turns for s in ours), "some are shortened"
+    rows = list(interchange.axolotl_rows(labelled, tokenizer, 320, long))
+    for sample, row in zip(ours, rows, strict=True):
+        ids = [tokenizer(s["text"], add_special_tokens=False).input_ids for s in row["segments"]]
+        labels = [i if s["label"] else [IGNORED] * len(i) for i, s in zip(ids, row["segments"], strict=True)]
+        assert len(sample) <= 320
+        assert (sum(ids, []), sum(labels, [])) == (sample.input_ids, sample.labels)  # noqa: RUF017
+
+
+def test_axolotls_file_names_what_is_not_in_it():
+    tiny = interchange.axolotl_yaml(PROFILES["tiny"])
+    assert yaml.safe_load(tiny) == interchange.axolotl_config(PROFILES["tiny"]) and yaml.safe_load(tiny)["max_steps"] == 1600
+    assert (
+        "router z-loss, coefficient 0.001" in tiny
+        and "balancing loss, coefficient 0.001" in tiny
+        and "dropout" not in tiny.split("base_model")[0]
+    )
+    card = interchange.axolotl_yaml(PROFILES["a100-80"])
+    assert "max_steps" not in yaml.safe_load(card) and "# Not in this recipe, unlike in the course's run: dropout of 0.05" in card
 
 
 def test_axolotl_config_is_the_cards_recipe():
@@ -147,6 +175,11 @@ def ollama_template(modelfile: str) -> str:
     return modelfile.split('TEMPLATE """')[1].split('"""')[0]
 
 
+def ollama_stops(modelfile: str) -> list[str]:
+    """As Ollama's parser reads them: what stands between three quotes, unchanged."""
+    return [part.partition('"""')[0] for part in modelfile.split('PARAMETER stop """')[1:]]
+
+
 def ollama_values(messages: list[dict[str, str]]) -> dict:
     """What Ollama gives a template that ranges over .Messages: all messages, and the system text by itself."""
     return {"System": messages[0]["content"], "Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
@@ -189,8 +222,9 @@ def test_ollama_template_gives_the_bytes_in_go(tmp_path):
 def test_modelfile_says_system_and_stops():
     text = interchange.ollama_modelfile("Ferro", "Ana", "tiny", "</s>", instruction(STORY), "./ferro.gguf")
     assert text.startswith("FROM ./ferro.gguf\n") and f'SYSTEM """{MESSAGES[0]["content"]}"""' in text
-    stops = [line.split(" ", 2)[2] for line in text.splitlines() if line.startswith("PARAMETER stop")]
-    assert [json.loads(s) for s in stops] == ["\n### Input:", "\n### Response:", "\nAna:", "</s>"]
+    assert ollama_stops(text) == ["\n### Input:", "\n### Response:", "\nAna:", "</s>"]
+    quoted = interchange.ollama_modelfile("Ferro", 'Bo "B" Ek', "tiny")
+    assert ollama_stops(quoted)[-1] == '\nBo "B" Ek:' and '\nBo "B" Ek: {{ .Content }}' in ollama_template(quoted)
     with pytest.raises(ValueError, match="cannot hold"):
         interchange.ollama_modelfile(system='He said """')
 

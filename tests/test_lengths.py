@@ -56,13 +56,38 @@ def test_each_class_is_about_one_and_a_half_times_the_one_before():
 
 @settings(deadline=None, database=None, derandomize=True)
 @given(
-    st.lists(st.text(st.characters(categories=("L", "N", "P")), min_size=1), max_size=200), st.sampled_from([" ", "\n\n", " \t "])
+    st.lists(st.text(st.characters(categories=("L", "N", "P"), max_codepoint=0x5FF), min_size=1), max_size=200),
+    st.sampled_from([" ", "\n\n", " \t "]),
 )
 def test_word_range_agrees_with_length_class(words, space):
     text = space.join(words)
     assert count_words(text) == len(words)
     low, high = word_range(length_class(text))
     assert low <= max(1, len(words)) <= (high or math.inf)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("はい。", 1),
+        ('"はい..."', 1),
+        ("「今日は。明日も行きます！」", 6),
+        ("彼は Python を使う", 4),
+        ("你好，我叫王小明。我住在北京，是一名老师。", 10),
+        ("สวัสดีครับ ผมชื่อโบ", 5),
+        ("안녕하세요 저는 보입니다", 3),
+        ("Он пошёл домой — да", 5),
+        ("Hello！ You", 2),
+    ],
+)
+def test_words_are_counted_where_nothing_is_put_between_them(text, words):
+    """By spaces alone, every Japanese reply would be `micro`, and a modifier would teach nothing."""
+    assert count_words(text) == words
+
+
+def test_replies_without_spaces_fall_into_all_classes():
+    classes = [length_class("今日は駅まで歩きました。" * n) for n in (1, 2, 3, 4, 6, 8, 12, 18, 30)]
+    assert len(set(classes)) >= 7 and [rank(c) for c in classes] == sorted(map(rank, classes))
 
 
 @settings(deadline=None, database=None, derandomize=True)

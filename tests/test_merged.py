@@ -51,3 +51,17 @@ def test_one_shard_needs_no_index_and_no_folder_is_overwritten(adapted, tmp_path
     with pytest.raises(FileExistsError, match="merge into another folder"):
         save_merged(adapted, tmp_path / "merged")
     assert not (tmp_path / "merged.partial").exists()
+
+
+def test_what_can_fail_fails_before_any_weights_are_written(random_mixtral, tmp_path):
+    model = add_lora(load_4bit(random_mixtral, dtype="float32"), r=4)
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        save_merged(model, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    settings = model.get_base_model().generation_config
+    settings.do_sample, settings.temperature = False, 0.7  # transformers saves no configuration that contradicts itself
+    with pytest.raises(ValueError, match="temperature"):
+        save_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.rglob("*.safetensors"))
+    settings.temperature = None
+    assert save_merged(model, tmp_path / "merged"), "and once it is put right, it works"

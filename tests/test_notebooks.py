@@ -160,14 +160,27 @@ def test_4_bit_models_of_the_lesson_are_loaded_where_its_tensors_are(name):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 18, 161])
 def test_the_first_and_last_rows_of_a_log_are_compared_however_short_it_is(rows):
-    """A run on a GPU profile makes a dozen steps, not 1,600."""
+    """A run on a GPU profile makes a dozen steps, not 1,600. Its first row is one step alone, and does not count."""
     (cell,) = [c.source for c in code_cells(nbformat.read(ROOT / "notebooks/04_qlora_training.ipynb", 4)) if "few = " in c.source]
     keys = ("loss", "grad_norm", "router/z", "router/entropy", "router/balance")
-    history = [dict.fromkeys(keys, 9.0 - n / 100) for n in range(rows)]
+    history = [dict.fromkeys(keys, 1000.0 if rows > 1 and n == 0 else 9.0 - n / 100) for n in range(rows)]
     namespace = {"result": SimpleNamespace(history=history), "statistics": statistics}
-    if rows == 1:  # nothing to compare
-        with pytest.raises(AssertionError, match="the loss did not fall"):
-            exec(cell, namespace)
-    else:
-        exec(cell, namespace)
-        assert namespace["last"]["loss"] < namespace["first"]["loss"]
+    exec(cell, namespace)
+    assert namespace["first"]["loss"] < 10, "the first row counts"
+    assert (namespace["last"]["loss"] < namespace["first"]["loss"]) == (rows > 2), "with fewer there is nothing to compare"
+
+
+def test_what_is_kept_on_a_drive_is_found_again():
+    """Notebook 5 trains anew, for hours, what notebook 4 trained into a folder of another name, or named too late."""
+    fourth, fifth = (nbformat.read(PATHS[name], 4) for name in NOTEBOOKS[3:])
+    (line,) = set(re.findall(r"%env COURSE_RUNS=[\w/-]+", nbformat.writes(fourth)))
+    help_text = (ROOT / "notebooks" / "TROUBLESHOOTING.md").read_text(encoding="utf-8")
+    for text in (nbformat.writes(fifth), help_text):
+        assert set(re.findall(r"%env COURSE_RUNS=[\w/-]+", text)) == {line}
+    for notebook in (fourth, fifth):
+        (knobs,) = [c.source for c in code_cells(notebook) if c.source.startswith("# Knobs")]
+        assert 'RUN = RUNS / f"course-{profile.name}"' in knobs
+        for text in [c.source for c in notebook.cells if "COURSE_RUNS=/content" in c.source] + [help_text]:
+            assert re.search(r"before\*? (the|their) set-up cell", text), "helpers.profiles reads it on import"
+    outputs = set(re.findall(r"--output (\S+?)[`\\\s]", "\n".join(c.source for c in fourth.cells) + "\n"))
+    assert outputs == {"runs/course-a100-80", "{RUN}"}

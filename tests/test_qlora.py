@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import bitsandbytes.functional as bnbf
@@ -9,10 +10,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft.tuners.lora.layer import LoraLayer
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from helpers import experts, qlora
-from helpers.quantization import audit, load_4bit, save_4bit
+from helpers.quantization import audit, load_4bit, random_4bit, router_recorders, save_4bit
+from helpers.router_losses import attach_router_losses
+from helpers.tiny import tiny_config
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -191,13 +195,214 @@ def test_two_active_adapters_add_up(random_mixtral, tmp_path):
         assert (models[0](IDS).logits - ours).abs().max() > 1e-2
 
 
+def test_a_second_adapter_may_adapt_experts_that_the_first_did_not(random_mixtral, tmp_path):
+    full = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4)).eval()
+    qlora.save_lora(full, tmp_path)
+    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, experts=False, router=False)
+    model.load_adapter(str(tmp_path), "two")
+    model.set_adapter("two")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(IDS).logits, full(IDS).logits)
+    with pytest.raises(ValueError, match="has adapters already"):
+        qlora.load_lora(model, tmp_path)
+
+
+def test_every_adapter_has_its_own_dropout(random_mixtral, tmp_path):
+    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=0.3)
+    stacks = [m for m in model.modules() if isinstance(m, qlora.ParamWrapper) and m._param_ndim == 3]
+
+    def second(dropout):
+        model.add_adapter("two", dataclasses.replace(model.peft_config["default"], lora_dropout=dropout))
+        return {m.expert_dropout["two"] for m in stacks}
+
+    assert second(0.2) == {0.2}
+    model.delete_adapter("two")
+    assert second(0.0) == {0.0}, "an adapter of the same name is a new one"
+    assert {m.expert_dropout["default"] for m in stacks} == {0.3}
+    for active in ("default", "two"):
+        model.set_adapter(active)
+        qlora.save_lora(model, tmp_path / active)
+        for place, dropout in ((".", 0.3), ("two", 0.0)):
+            kept = json.loads((tmp_path / active / place / qlora.DROPOUT_FILE).read_text())
+            assert kept == {"lora_dropout": dropout}, "beside the files of the adapter that it belongs to"
+
+
+# --------------------------------------------------------------------------------------------------------- the router
+
+
+def one_router(config, dtype, b):
+    """(an adapted router, the place of its logits, A, B, the scaling), with every entry of B ±b."""
+    model = qlora.add_lora(random_4bit(config, dtype), r=32, alpha=16, dropout=0.0, attention=False, experts=False)
+    (wrapper,) = (m for m in model.modules() if isinstance(m, qlora.ParamWrapper))
+    ((_, place),) = router_recorders(model)
+    a, factor = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+    torch.manual_seed(0)
+    with torch.no_grad():
+        factor.copy_(torch.randn_like(factor).sign() * b)
+    return wrapper, place, a, factor, wrapper.scaling["default"]
+
+
+ROUTERS = {
+    "mixtral": tiny_config(256, hidden=256, layers=1, intermediate=64),
+    "olmoe": OlmoeConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("b", [1e-4, 50e-4])
+def test_little_that_a_router_has_learned_is_not_rounded_away(kind, dtype, autocast, b):
+    """A dozen steps move B by 1e-4 each. Beside W, in bf16, 98 % of that would be lost."""
+    wrapper, place, a, factor, scaling = one_router(ROUTERS[kind], dtype, b)
+    weight = wrapper.get_param().detach().double()
+    x = torch.randn(128, 256).to(getattr(torch, dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = wrapper(x)
+    logits = out[place]
+    assert logits.dtype == torch.float32 and len(out) == 3 and not out[2].is_floating_point()
+    wanted = x.double() @ (scaling * factor.double() @ a.double()).T
+    change = logits.double() - x.double() @ weight.T
+    assert (change - wanted).norm() < 0.05 * wanted.norm()
+    assert torch.equal(out[2], logits.topk(2, -1).indices)
+
+
+def test_a_router_in_float64_stays_there_and_one_in_fp32_has_stock_pefts_bits(random_mixtral):
+    plain = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32)
+    model = randomise(qlora.add_lora(plain, r=4, alpha=8, dropout=0.0, attention=False, experts=False)).eval()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=["mlp.gate.weight"])
+    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32), config).eval()
+    stock.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        ours = model(IDS, output_router_logits=True)
+        theirs = stock(IDS, output_router_logits=True)
+        assert all(torch.equal(*pair) for pair in zip(ours.router_logits, theirs.router_logits, strict=True))
+        plain.set_experts_implementation("eager")  # the usual one knows no float64
+        exact = model.double()(IDS, output_router_logits=True)
+    for logits, near in zip(exact.router_logits, ours.router_logits, strict=True):
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(logits.float(), near, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_adapted_in_bf16_is_stock_pefts_to_the_rounding(random_mixtral, tmp_path):
+    """Router by router, as one that is nearly undecided may send a token elsewhere."""
+    ours = qlora.add_lora(load_4bit(random_mixtral, dtype="bfloat16"), r=4, attention=False, experts=False)
+    qlora.save_lora(randomise(ours), tmp_path)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.bfloat16), str(tmp_path))
+    x = torch.randn(64, 64).bfloat16()
+    for layer in range(2):
+        a, b = (m.get_base_model().model.layers[layer].mlp.gate for m in (ours.eval(), stock.eval()))
+        with torch.no_grad():
+            logits = a(x)[0], b(x)[0]
+            assert (logits[0] - logits[1]).norm() < 2 * 2**-8 * logits[0].norm()
+            assert (logits[0] - b.get_base_layer()(x)[0]).norm() > 0.1 * logits[0].norm(), "the adapter does something"
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_router_losses_reach_the_adapter_of_a_router_in_bf16(random_mixtral, reentrant):
+    """Under the Trainer's autocast, with the gradient of fp32."""
+    grads = []
+    for dtype in ("float32", "bfloat16"):
+        model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype=dtype), r=4, dropout=0.0), 3).train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        handle = attach_router_losses(model, z_coef=1.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = 0 * model(IDS, use_cache=False).logits.float().sum()
+        loss.backward()
+        handle.verify()
+        grads.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if ".layers.0.mlp.gate.lora_" in n]))
+    assert grads[0].norm() > 0 and (grads[1] - grads[0]).norm() < 0.1 * grads[0].norm()
+
+
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
 def test_peft_itself_refuses_to_merge_into_packed_weights(random_mixtral):
-    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=0.0)
-    with pytest.raises(NotImplementedError, match=r"qlora\.merge"):
-        model.merge_and_unload()
+    model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=0.0))
+    wanted = qlora.merge(model, "float32").state_dict()
+    for way in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match=r"qlora\.merge"):
+            way()
+    found = qlora.merge(model, "float32").state_dict()  # nothing was merged before it refused
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def with_config(folder, dtype="float32", **kwargs):
+    model = load_4bit(folder, dtype=dtype)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", **kwargs)
+    return randomise(qlora.QLoraModel(model, qlora._use_our_layers(config, model))).eval()
+
+
+def test_what_merging_would_lose_is_refused(random_mixtral):
+    embedded = with_config(random_mixtral, target_modules=["embed_tokens", "q_proj"])
+    tokens = with_config(random_mixtral, target_modules=["q_proj"], trainable_token_indices=[5])
+    disabled, none_active = trained(random_mixtral), trained(random_mixtral)
+    none_active.base_model.set_adapter([])
+    merged = trained_plain(random_mixtral)
+    merged.merge_adapter()
+    for model, why in (
+        (embedded, "embed_tokens.*not on Embedding"),
+        (tokens, "TrainableTokensWrapper cannot be merged"),
+        (none_active, "no active adapter"),
+        (merged, "merged .* already: load the model again"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            qlora.merge(model)
+        with pytest.raises(ValueError, match=why):
+            qlora.merge_4bit(model)
+    with disabled.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        qlora.merge(disabled)
+    assert qlora.merge(disabled) is not None, "and enabled again it merges"
+
+
+def trained_plain(folder):
+    return randomise(qlora.add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), r=4, dropout=0.0))
+
+
+def test_modules_that_were_trained_whole_are_merged(tmp_path):
+    torch.manual_seed(0)
+    for tied in (False, True):
+        config = tiny_config(256, hidden=64, layers=1, intermediate=64)
+        config.tie_word_embeddings = tied
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(tied))
+        model = with_config(tmp_path / str(tied), target_modules=["q_proj"], modules_to_save=["lm_head"])
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "modules_to_save" in name:
+                    p.mul_(3)
+            wanted = model(IDS).logits
+        if tied:
+            with pytest.raises(ValueError, match="one tensor in the plain model"):
+                qlora.merge(model)
+            continue
+        with torch.no_grad():
+            torch.testing.assert_close(qlora.merge(model, "float32")(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+            head = model.get_base_model().lm_head.modules_to_save["default"].weight
+            assert torch.equal(qlora.merge_4bit(model)[0].lm_head.weight, head)
+
+
+def test_a_run_in_bf16_is_merged_from_exact_values_and_rounded_once(random_mixtral):
+    ours = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="bfloat16"), r=4, alpha=8))
+    exact, rounded = (dict(qlora.merge(ours, dtype).named_parameters()) for dtype in ("float32", "bfloat16"))
+    checked = 0
+    for name, module in ours.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(getattr(module, "weight", None), Params4bit):
+            packed = module.weight
+            scales = experts.block_scales(packed.quant_state)  # NF4 by hand: a code's value times its block's scale
+            codes = torch.stack([packed.data.flatten() >> 4, packed.data.flatten() & 15], 1).flatten().long()
+            base = (packed.quant_state.code[codes].view(-1, 64) * scales.unsqueeze(1)).view(packed.quant_state.shape)
+            a, b = (f["default"].weight.detach() for f in (module.lora_A, module.lora_B))
+            wanted = base.double() + module.scaling["default"] * b.double() @ a.double()
+            name = name.removeprefix("base_model.model.") + ".weight"
+            torch.testing.assert_close(exact[name].double(), wanted, rtol=1e-5, atol=1e-7)
+            assert torch.equal(rounded[name], exact[name].bfloat16())
+            checked += 1
+    assert checked == 2 * 4
 
 
 def trained(folder, **kwargs):

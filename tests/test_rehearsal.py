@@ -12,7 +12,7 @@ from helpers import budget, experts, qlora
 from helpers.__main__ import main
 from helpers.profiles import PROFILES
 from helpers.quantization import audit, random_4bit
-from helpers.rehearsal import rehearse
+from helpers.rehearsal import SPEEDS, _Kernels, rehearse
 from helpers.router_losses import attach_router_losses
 from helpers.tiny import tiny_config
 
@@ -37,7 +37,7 @@ def test_the_budget_is_what_the_real_code_needs_at_the_real_shapes(name, layers)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
-    """The same model with numbers in it, whole experts at a time as on a GPU; what differs is the attention."""
+    """The same model with numbers in it, with experts unpacked and grouped as on a GPU; what differs is the attention."""
     config = tiny_config(2048, 256, 4, 448)
     changes = {"dtype": "float32", "lora_dropout": 0.05, "gradient_checkpointing": checkpointing, "lora_router": True}
     profile = dataclasses.replace(PROFILES["tiny"], **changes)
@@ -53,7 +53,8 @@ def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-    with patch.dict(experts._PIECE, {"cpu": 2**40}):  # whole experts, as on a GPU
+    as_on_a_gpu = patch.dict(experts._PIECE, {"cpu": 2**40}), patch.dict(experts.GROUP, {"cpu": experts.GROUP["cuda"]})
+    with as_on_a_gpu[0], as_on_a_gpu[1]:
         step()
         with budget.LiveBytes() as live:
             step()
@@ -62,6 +63,55 @@ def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
     assert found.weights == sum(part.bytes for part in audit(model).parts.values())
     # the model's own loss holds whole logits, after which nothing else is alive: they must not decide the comparison
     assert live.peak > 3 * logits and 0.85 < found.activations / live.peak < 1.15
+
+
+@pytest.mark.parametrize("name, layers, document", [("l4", 1, 4096), ("a100-80", 2, 10240)])
+def test_the_work_is_that_of_the_shapes(name, layers, document):
+    """FLOPs against a closed form; and no GPU is faster than its products alone, or than its memory."""
+    profile = PROFILES[name]
+    config = fewer_layers(profile, layers)
+    found = rehearse(profile, config=config)
+    h, i, k, e = config.hidden_size, config.intermediate_size, config.num_experts_per_tok, experts_of(config)
+    heads, r = config.num_attention_heads, profile.lora_r
+    kv, q = config.num_key_value_heads * (h // heads), h
+    attention, router = 2 * h * q + 2 * h * kv, h * e
+    attention_lora = r * (2 * (h + q) + 2 * (h + kv)) + r * (h + e)
+    up, down, up_lora, down_lora = k * 2 * h * i, k * h * i, k * r * (h + 2 * i), k * r * (i + h)
+    # forward, again for the backward pass (down not), the gradient of the input; adapters have one of their weights, too
+    frozen = 6 * (attention + router + up) + 4 * down
+    lora = 8 * (attention_lora + up_lora) + 6 * down_lora
+    scores = 2 * document * q * (1 + 1 + 2.5)  # half of the pairs; backward has five products instead of two
+    head = 4 * h * config.vocab_size
+    wanted = found.rows * found.tokens * (layers * (frozen + lora + scores) + head)
+    assert found.flops == pytest.approx(wanted, rel=0.01)
+    for gpu, (multiplied, moved) in SPEEDS.items():
+        bytes_moved = sum(times * size for (_, size), times in found.kernels.items())
+        assert max(found.flops / multiplied, bytes_moved / moved) <= found.least_seconds(gpu)
+        assert found.least_seconds(gpu) <= found.flops / multiplied + bytes_moved / moved
+
+
+def experts_of(config):
+    return getattr(config, "num_local_experts", None) or config.num_experts
+
+
+def test_what_a_kernel_moves():
+    """Against counting by hand, on 16-bit tensors of 1000 x 64."""
+    x, index = torch.empty(1000, 64, dtype=torch.bfloat16, device="meta"), torch.empty(10, dtype=torch.long, device="meta")
+    cases = [
+        (lambda: x + x, 0, 3 * 128_000 - 128_000),  # the same tensor twice is read once
+        (lambda: x.mul_(2), 0, 2 * 128_000),
+        (lambda: x @ x.T, 2 * 1000 * 1000 * 64, 128_000 * 2 + 2 * 1_000_000),
+        (lambda: x[index], 0, 2 * 10 * 128),  # of a table, what is taken out
+        (lambda: torch.zeros_like(x), 0, 128_000),
+        (lambda: x.expand(7, 1000, 64).sum(), 0, 128_000 + 2),  # what is repeated is there once
+        (lambda: x.view(64, 1000), None, None),
+        (lambda: torch.empty_like(x), None, None),
+    ]
+    for work, flops, moved in cases:
+        with _Kernels() as kernels:
+            work()
+        wanted = {} if flops is None else {(flops, moved): 1}
+        assert dict(kernels.found) == wanted
 
 
 def test_more_rows_take_more_and_nothing_is_left_behind():
@@ -85,3 +135,4 @@ def test_the_command_counts_and_compares(capsys):
     assert main(["budget", "--profile", "tiny", "--rehearse", "--context", "256"]) == 0
     shown = capsys.readouterr().out
     assert "rehearsed, 1 x 256 tokens: 0.0" in shown and "estimated: 0.0" in shown
+    assert "at least" not in shown, "of fp32 the data sheets say nothing"

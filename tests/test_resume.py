@@ -250,3 +250,80 @@ def test_a_finished_run_on_given_stories_is_not_taken_for_one_on_the_profiles(ba
     training.train(profile, mine, tmp_path, progress=None)
     with pytest.raises(ValueError, match="the stories, their labels or the tokenizer"):
         training.train(profile, None, tmp_path, progress=None)
+
+
+def lively(base):
+    """The last step still changes the weights: a cosine ends at 0, and one step too many would not show."""
+    return small_profile(base, max_steps=4, save_steps=2, warmup_steps=4)
+
+
+def test_a_crash_between_the_last_checkpoint_and_the_result_costs_no_step_and_adds_none(base, tmp_path, capsys):
+    whole = train(base, tmp_path / "whole", lively(base))
+    assert whole.history[-1]["learning_rate"] > 0
+    crashed = tmp_path / "crashed"
+    train(base, crashed, lively(base))
+    shutil.rmtree(crashed / "adapter")
+    (crashed / "result.json").unlink()
+    said = []
+    again = train(base, crashed, lively(base), say=said.append)
+    assert again.finished and again.step == 4 and "going on from checkpoint-4" in said
+    assert_as_if_nothing_had_happened(crashed, whole)
+    assert not list(crashed.glob("checkpoint-5")) and again.facts["trainable"] == whole.facts["trainable"]
+    (crashed / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is damaged .*: delete it, and the same training command"):
+        train(base, crashed, lively(base))
+
+
+def test_a_full_disk_at_the_end_says_what_to_do_and_loses_nothing(base, whole, tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.qlora, "save_lora", full)
+        with pytest.raises(OSError, match=r"finished adapter could not be written to .*No space left.*make room.*trains nothing"):
+            train(base, tmp_path / "run")
+    assert train(base, tmp_path / "run").finished
+    assert_as_if_nothing_had_happened(tmp_path / "run", whole)
+
+
+def test_a_start_that_failed_before_its_first_row_may_be_corrected(base, tmp_path):
+    bad = At(1, poison_forward)
+    with pytest.raises(FloatingPointError):
+        train(base, tmp_path, small_profile(base, learning_rate=1e-3, max_steps=2), callbacks=[bad])
+    assert (tmp_path / "run.json").exists() and not read_log(tmp_path)
+    assert train(base, tmp_path, small_profile(base, max_steps=2), resume=False).finished, "nor is it a run to refuse"
+    assert json.loads((tmp_path / "run.json").read_text())["profile"]["learning_rate"] == small_profile(base).learning_rate
+
+
+def test_another_number_of_processes_is_refused_unless_the_run_is_finished(base, part, whole):
+    for folder in (part, whole.run_dir):
+        facts = json.loads((folder / "run.json").read_text())
+        assert facts["processes"] == 1
+    facts = json.loads((part / "run.json").read_text())
+    (part / "run.json").write_text(json.dumps({**facts, "processes": 2}))
+    with pytest.raises(ValueError, match=r"2 processes then, 1 now.*start as many again"):
+        train(base, part)
+    older = {k: v for k, v in facts.items() if k != "processes"}
+    (part / "run.json").write_text(json.dumps(older))
+    assert train(base, part).finished, "a run of an older version does not say how many there were"
+    (part / "run.json").write_text(json.dumps({**facts, "processes": 2}))
+    assert train(base, part).facts["processes"] == 1
+
+
+def test_a_run_of_another_version_is_named_and_save_steps_are_kept(base, whole, tmp_path):
+    assert training.profile_of(whole.run_dir).save_steps == small_profile(base).save_steps == 4
+    facts = json.loads((whole.run_dir / "run.json").read_text())
+    older = {k: v for k, v in facts.items() if k != "save_steps"}
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    assert training.profile_of(tmp_path).save_steps == 200, "the tiny profile's"
+    (tmp_path / "run.json").write_text(json.dumps({**facts, "profile": {**facts["profile"], "wings": 2}}))
+    with pytest.raises(ValueError, match=r"run\.json was written by another version of the course.*wings"):
+        training.profile_of(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        training.profile_of(tmp_path)
+
+
+def test_rows_know_their_sitting_however_quick_it_was(base, part):
+    found = train(base, part).history
+    assert [row["sitting"] for row in found] == [1 if row["step"] <= 10 else 2 for row in found] and found[-1]["sitting"] == 2

@@ -13,18 +13,15 @@ import re
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from helpers.router_losses import attach_router_losses, changed_share, load_balancing_loss, router_z_loss, routing
+from tests.moe_families import knows_routers
 
 # Which families have a recordable router, and how their classes look, differs from version to version.
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="older transformers know the routers of fewer families"
-)
+pytestmark = knows_routers
 Z, B = 0.1, 0.05
 
 SHARED = dict(

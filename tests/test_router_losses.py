@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import socket
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -508,16 +510,117 @@ def test_passes_without_gradient_neither_count_nor_disturb():
     assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
 
 
-def test_a_lost_mask_is_an_error():
-    """Checkpointed layers run again in backward; by then the masks of all passes but the last are gone."""
+SHORT = {"input_ids": IDS[:, :7], "attention_mask": MASK[:, :7]}
+TWO_PASSES = {
+    "masks": [BATCH, {**BATCH, "attention_mask": MASK.flip(0)}],
+    "valid": [{"input_ids": IDS, "valid": MASK}, {"input_ids": IDS.flip(1), "valid": MASK.flip(0)}],
+    "lengths": [{"input_ids": IDS}, {"input_ids": IDS[:, :7]}],
+    "lengths and masks": [BATCH, SHORT],
+}
+
+
+def one_after_the_other(model: nn.Module, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """Gradients of the router losses alone over several passes, each with its own backward pass, by plain autograd."""
+    total = 0
+    for batch in batches:
+        mask = batch.get("valid", batch.get("attention_mask"))
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
+        logits = model(**inputs, output_router_logits=True, use_cache=False).router_logits
+        keep = slice(None) if mask is None else mask.reshape(-1).bool()
+        for x in logits:
+            x = x[keep].float()
+            balance = load_balancing_loss_func((x,), x.shape[1], TOP_K) / TOP_K
+            total = total + (Z * torch.logsumexp(x, -1).square().mean() + B * balance) / len(logits)
+    return gradients(model, total)
+
+
+def together(model: nn.Module, batches: list[dict]) -> torch.Tensor:
+    """0, with several passes in its graph; `valid` is set as a trainer does it."""
+    handle = attach_router_losses(model, Z, B)
+    total = 0
+    for batch in batches:
+        handle.valid = batch.get("valid")
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
+        total = total + model(**inputs, use_cache=False).logits.sum() * 0
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:.*if no backward pass has run yet")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_several_passes_before_one_backward_keep_their_own_tokens(kind, checkpointing):
+    """Preference training does so. Layers are recomputed when all passes have run, and the last one's mask is the wrong one."""
     model = small()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected = one_after_the_other(model, TWO_PASSES[kind])
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    found = gradients(model, together(model, TWO_PASSES[kind]))
+    assert_same({n: found[n] for n in expected}, expected)
+    assert expected["model.layers.0.mlp.gate.weight"].norm() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*if no backward pass has run yet")
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_reentrant_checkpointing_of_several_passes_is_refused(kind):
+    """There the whole graph of a layer is made again in backward, and nothing says in which pass it was."""
+    model = small()
+    expected = one_after_the_other(model, TWO_PASSES[kind][:1])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match=r"several forward passes before one backward.*use_reentrant=False"):
+        together(model, TWO_PASSES[kind]).backward()
+    with pytest.warns(RuntimeWarning, match="replaced"):
+        once = together(model, TWO_PASSES[kind][:1])
+    found = gradients(model, once)
+    assert_same({n: found[n] for n in expected}, expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_pass_that_ctrl_c_cut_off_leaves_nothing_behind(train):
+    """KeyboardInterrupt skips forward hooks. In generation, the losses would stay switched off for good."""
+    model = small()
+    expected, z, _ = reference(model)
+    handle = attach_router_losses(model, Z, B)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(train):
+        model.train(train)(input_ids=IDS[:, :5], attention_mask=MASK[:, :5], use_cache=False)
+    hook.remove()
+    handle.reset()
+    assert_same(gradients(model, model.train()(**BATCH, use_cache=False).loss), expected)
+    assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4)
+
+
+def test_attaching_again_replaces_what_was_attached():
+    """As when a notebook's cell is run twice, on the model or on what is wrapped around it; the losses count once."""
+    model = small()
+    expected, z, _ = reference(model)
+    attach_router_losses(model, 5.0, 5.0)
+    with pytest.warns(RuntimeWarning, match="had router losses already .*5 × z-loss.*replaced"):
+        handle = attach_router_losses(model.model, Z, B)
+    assert_same(gradients(model, model(**BATCH, use_cache=False).loss), expected)
+    assert handle.metrics["router/z"] == pytest.approx(z, rel=1e-4) and handle.injected == 2
+    copied = copy.deepcopy(model)
+    with pytest.warns(RuntimeWarning, match="replaced"):
+        handle = attach_router_losses(copied, Z, B)
+    assert_same(gradients(copied, copied(**BATCH, use_cache=False).loss), expected)
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach_router_losses(copied, Z, B)  # taken off by hand before: nothing to warn of
+
+
+def test_an_attached_model_is_not_kept_alive():
+    model = small()
     attach_router_losses(model, Z)
-    with pytest.warns(RuntimeWarning, match="if no backward pass has run yet"):
-        two = [model(input_ids=IDS, attention_mask=m, use_cache=False).logits.mean() for m in (MASK, MASK.flip(0))]
-    with pytest.raises(RuntimeError, match="padding mask is gone"):
-        sum(two).backward()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_copies_of_a_router_are_not_taken_for_it(mixtral):
@@ -726,6 +829,21 @@ def test_snapshots_take_packed_batches_and_leave_no_trace(mixtral):
     assert snapshot.shape == (2, MASK.sum(), TOP_K) and handle.metrics == {} and mixtral.training
     assert [len(m._forward_hooks) for m in mixtral.modules()] == hooks
     handle.remove()
+
+
+def test_a_snapshot_leaves_bitsandbytes_layers_in_train_mode(random_mixtral):
+    """In eval mode, on a CPU with AVX512-BF16, they repack their weights in place, and can be trained no more."""
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.bfloat16, quantization_config=quantised).train()
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    before, seen = [m.weight.clone() for m in layers], []
+    for module in (*layers, model.model):
+        module.register_forward_hook(lambda m, *_: seen.append((type(m).__name__, m.training)))
+    routing(model, {"input_ids": IDS})
+    assert seen == [("Linear4bit", True)] * len(layers) + [("MixtralModel", False)] and len(layers) == 8
+    assert all(torch.equal(a, m.weight) and m.training for a, m in zip(before, layers, strict=True))
 
 
 def test_frozen_router_still_trains_what_lies_before_it():

@@ -59,6 +59,9 @@ def test_one_row_for_all_steps_is_the_mean_of_a_row_a_step(base, whole, tmp_path
 def test_time_is_summed_over_sittings():
     rows = [{"seconds": s} for s in (1.0, 5.0, 9.0, 2.0, 4.0, 1.5)]
     assert training.total_seconds(rows) == 9.0 + 4.0 + 1.5
+    later = [{"seconds": 1.0, "sitting": 1}, {"seconds": 3.0, "sitting": 2}, {"seconds": 4.0, "sitting": 2}]
+    assert training.total_seconds(later) == 1.0 + 4.0, "a slow first row of a new sitting"
+    assert training.total_seconds([{"seconds": 2.0}, {"seconds": 7.0, "sitting": 2}]) == 9.0, "begun by an older version"
 
 
 def test_the_line_for_a_terminal_says_how_long_it_will_take():
@@ -69,6 +72,8 @@ def test_the_line_for_a_terminal_says_how_long_it_will_take():
     assert "5 min left" in line and "held out 1.500" in line and "epoch 0.10" in line, "80 steps of 4 s: the pace of now"
     resumed = {**row, "step": 30, "seconds": 5.0}
     assert "35 s left" in run_log.describe([row, later, resumed]), "70 steps of 0.5 s since the resumption"
+    slow = {**row, "step": 30, "seconds": 70.0, "sitting": 2}
+    assert "8 min left" in run_log.describe([row, {**later, "sitting": 1}, slow]), "70 steps of 7 s"
     assert [run_log.duration(s) for s in (12, 200, 7500)] == ["12 s", "3 min", "2 h 05 min"]
 
 
@@ -110,6 +115,33 @@ def test_a_live_plot_updates_one_figure(whole, monkeypatch):
     for _ in range(4):  # the first call starts the clock
         live(whole.history)
     assert shown == ["first", "update", "update"]
+
+
+def test_the_live_plot_ends_with_the_whole_run(whole, monkeypatch):
+    """Else a figure of step 340 stands above "step 1600 of 1600"."""
+    shown = []
+
+    class Handle:
+        def update(self, figure):
+            shown.append(figure.alt)
+
+    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure.alt) or Handle())
+    live = LiveTraining(share=1e9, seconds=0)
+    live(whole.history[:1])
+    live(whole.history[:2])
+    before = live.cost, live.drawn
+    live.finish(whole.history)
+    assert f"to step {whole.history[-1]['step']}:" in shown[-1] and live.drawn == before[1]
+    LiveTraining().finish(whole.history)  # a run that was never drawn on its way
+    assert len(shown) == before[1] + 2
+
+
+def test_the_load_over_time_is_labelled_in_steps(whole):
+    axes = next(a for a in plot_training(whole.history).axes if a.get_title(loc="left").startswith("load of the busiest"))
+    label = axes.xaxis.get_major_formatter()
+    assert axes.get_xlabel() == "step"
+    assert [label(n, 0) for n in range(len(whole.history))] == [str(row["step"]) for row in whole.history]
+    assert label(-1, 0) == label(len(whole.history), 0) == ""
 
 
 def test_figures_have_a_text_alternative(whole):

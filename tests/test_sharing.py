@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
@@ -182,6 +183,136 @@ def test_a_path_of_this_machine_is_not_sent(run):
     sharing.push_to_hub(run, "me/adapter")
 
 
+@pytest.fixture
+def local_run(run, tmp_path):
+    """The same run, trained on a base in a folder of its own."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(run, folder)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts["profile"]["base"] = "/content/drive/MyDrive/bases/mine"
+    training.write_json(folder / "run.json", facts)
+    return folder
+
+
+def test_a_local_base_is_called_one_and_its_path_is_not_sent(local_run):
+    sharing.bundle(local_run)
+    card = (local_run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "A LoRA adapter for a local base model (`/content/drive" in card and "tiny Mixtral" not in card
+    api = FakeApi()
+    with pytest.raises(ValueError, match=r"holds the path /content/drive/MyDrive/bases/mine.*--base-name ORG/NAME"):
+        sharing.push_to_hub(local_run, "me/adapter", send=True, api=api)
+    assert api.calls == []
+    with pytest.raises(ValueError, match="ORG/NAME"):
+        sharing.bundle(local_run, base_name="mine")
+    sharing.bundle(local_run, base_name="org/mine")
+    card = (local_run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "A LoRA adapter for org/mine, trained" in card and "base_model: org/mine" in card
+    assert json.loads((local_run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/mine"
+    assert "base_model: org/mine" in (local_run / "adapter" / "presets" / "axolotl.yaml").read_text()
+    sharing.push_to_hub(local_run, "me/adapter", send=True, api=api)
+    assert len(api.calls) == 2
+
+
+def test_the_shipped_base_is_known_by_any_path(run):
+    profile = dataclasses.replace(PROFILES["tiny"], base=str(ROOT / PROFILES["tiny"].base))
+    assert model_card.shared_profile(profile).base == PROFILES["tiny"].base
+    assert model_card.base_in_words(PROFILES["tiny"]).startswith("the course's tiny Mixtral")
+    assert model_card.base_in_words(PROFILES["a100-80"]) == "mistralai/Mixtral-8x7B-v0.1"
+
+
+def test_the_language_is_said_only_where_it_is_known(run, tmp_path):
+    assert "language" not in sharing.write_model_card(run).read_text(encoding="utf-8").split("---")[1], "stories were given"
+    folder = tmp_path / "own"
+    shutil.copytree(run, folder)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    training.write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
+    assert "language: en" in sharing.write_model_card(folder).read_text(encoding="utf-8")
+
+
+def test_names_and_targets_reach_the_adapters_presets(run, tmp_path):
+    folder = tmp_path / "named"
+    shutil.copytree(run, folder)
+    for made in (folder / "export", folder / "adapter" / "presets"):
+        shutil.rmtree(made, ignore_errors=True)
+    sharing.bundle(folder, char="Ferro", user="Ana", targets=["ollama"])
+    assert [p.name for p in (folder / "adapter" / "presets").iterdir()] == ["Modelfile"]
+    assert "### Response:\nFerro:" in (folder / "adapter" / "presets" / "Modelfile").read_text(encoding="utf-8")
+    assert sorted(p.name for p in (folder / "export").iterdir()) == ["Modelfile", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"targets": ["fax"]}, "unknown target 'fax'"),
+        ({"char": "A:B"}, "cannot be a name"),
+        ({"char": "Ana", "user": "Ana"}, "both people"),
+        ({"length": "gigantic"}, "unknown length"),
+        ({"base_name": "x"}, "ORG/NAME"),
+        ({"repo_id": "adapter"}, "USER/NAME"),
+        ({"repo_id": "me/my adapter"}, "USER/NAME"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_written(run, request_, said, tmp_path):
+    folder = tmp_path / "fresh"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export", "presets", "README.md"))
+    with pytest.raises(ValueError, match=said):
+        sharing.check_request(folder, **request_)
+    if "repo_id" not in request_:
+        with pytest.raises(ValueError, match=said):
+            sharing.bundle(folder, **request_)
+    assert not (folder / "export").exists() and not (folder / "adapter" / "README.md").exists()
+
+
+def test_an_upload_that_fails_is_one_sentence(run):
+    class Broken:
+        def create_repo(self, *a, **k):
+            import httpx
+
+            raise httpx.ConnectError("no route to host")
+
+    sharing.bundle(run)
+    with pytest.raises(OSError, match=r"the upload to me/adapter failed, no commit was made .ConnectError: no route to host"):
+        sharing.push_to_hub(run, "me/adapter", send=True, api=Broken())
+
+
+def test_an_adapter_that_is_gone_says_what_to_do(run, tmp_path):
+    folder = tmp_path / "gone"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"lacks adapter_config.json: delete .*result.json and give the same train"):
+        sharing.bundle(folder)
+
+
+def test_a_merge_is_refused_before_the_model_is_loaded_and_appears_whole(run, tmp_path, monkeypatch):
+    from helpers import experiment
+
+    def never(*_):
+        raise AssertionError("loaded")
+
+    loaded = experiment.load_run(run)[1:]
+    monkeypatch.setattr(experiment, "load_run", never)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="merge into another folder"):
+        sharing.merge_run(run, tmp_path / "there")
+    asked = []
+    monkeypatch.setattr(sharing.shutil, "disk_usage", lambda p: asked.append(p) or SimpleNamespace(free=3 * 2**20))
+    with pytest.raises(OSError, match="GiB of disk"):
+        sharing.merge_run(run, tmp_path / "not" / "yet")
+    assert asked == [tmp_path], "the disk of the folder that will be written"
+    monkeypatch.undo()
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        sharing.merge_run(run, tmp_path / "merged", loaded=(loaded[0], Tokenizer()))
+    assert not (tmp_path / "merged").exists(), "a folder without tokenizer is not called whole"
+    merged = sharing.merge_run(run, tmp_path / "merged", loaded=loaded)
+    assert {"tokenizer.json", "SHA256SUMS", "config.json"} <= {p.name for p in merged.iterdir()}
+    assert [p.name for p in tmp_path.glob("merged*")] == ["merged"]
+
+
 def test_without_a_bundle_it_says_what_to_call(run):
     sharing.bundle(run)
     (run / "adapter" / "SHA256SUMS").unlink()
@@ -205,7 +336,7 @@ def test_anyone_can_chat_with_the_folder_and_without_this_package(run, tmp_path)
     sharing.bundle(run)
     base = str(ROOT / PROFILES["tiny"].base)
     card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert usage(PROFILES["tiny"].base) in card
+    assert usage(PROFILES["tiny"].base, sampling=model_card.measured_with(model_card.evaluations(run))) in card
     merged = sharing.merge_run(run, tmp_path / "merged", max_shard_bytes=10**6)
     out = alone(usage_merged(str(merged)) + 'print("=====")\n' + usage(base, str(run / "adapter")), tmp_path)
     assert out.returncode == 0, out.stderr[-2000:]
@@ -225,6 +356,27 @@ def test_a_missing_run_says_what_to_type(tmp_path):
 
 
 WINDOWS = PureWindowsPath(r"C:\Users\ana\new runs")
+
+
+def test_the_card_chats_with_the_settings_of_its_table():
+    """A shorter limit than the measurement's would cut the longest classes."""
+    from helpers.generation import SAMPLERS, Sampling
+
+    for sampling in [*SAMPLERS.values(), Sampling(top_k=20, typical_p=0.9, max_new_tokens=77)]:
+        (call,) = (
+            node
+            for node in ast.walk(ast.parse(model_card.usage("base", "folder", sampling)))
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "generate"
+        )
+        given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        assert given.pop("do_sample") is (sampling.temperature > 0) and given.pop("max_new_tokens") == sampling.max_new_tokens
+        if sampling.temperature:
+            assert given.pop("top_k") == sampling.top_k, "`generate` has one of its own"
+            names = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
+            neutral = {"temperature": None, "min_p": 0}
+            assert given == {n: v for n in names if (v := getattr(sampling, n)) != neutral.get(n, 1)}
+        else:
+            assert given == {}
 
 
 @pytest.mark.parametrize("program", [model_card.usage_merged(str(WINDOWS)), model_card.usage(str(WINDOWS), str(WINDOWS))])

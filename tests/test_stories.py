@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.profiles import ROOT
 from helpers.stories import (
     MAX_STORY_BYTES,
     Message,
@@ -19,6 +20,7 @@ from helpers.stories import (
     StoryError,
     StoryErrors,
     clean,
+    duplicates,
     load_stories,
     load_story,
     parse_record,
@@ -538,3 +540,16 @@ def test_any_json_value_is_read_or_refused(key, value):
     _record_or_error(json.dumps(STORY.record() | {key: value}))
     with contextlib.suppress(StoryError):
         parse_record(STORY.record() | {key: value})
+
+
+def test_hidden_copies_are_not_stories_and_duplicates_are_named(tmp_path):
+    text = (ROOT / "data_samples" / "stories" / "salt_road.yaml").read_text(encoding="utf-8")
+    for name in ("one.yaml", "two.yaml", "._one.yaml", ".ipynb_checkpoints/one-checkpoint.yaml"):
+        (tmp_path / ".hidden" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".hidden" / name).write_text(text, encoding="utf-8")
+    found = load_stories(tmp_path / ".hidden")  # what is asked for by name is read
+    assert [s.source.rpartition("/")[2] for s in found] == ["one.yaml", "two.yaml"]
+    (said,) = duplicates(found)
+    assert said.endswith("one.yaml") and "two.yaml is word for word the story" in said
+    lines = save_stories(found, tmp_path / "all.jsonl")
+    assert duplicates(load_stories(lines)) == [f"{lines}:2 is word for word the story {lines}:1"]

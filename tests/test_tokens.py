@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from helpers.data import build_corpus
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE, chat_messages, format_story, generation_prompt, segments
-from helpers.stories import Message, Pair, Story, load_story
+from helpers.stories import Message, Pair, Story, StoryErrors, load_story
 from helpers.tiny_stories import make_story
 from helpers.tokens import (
     IGNORED,
@@ -234,7 +235,9 @@ def test_special_tokens_in_a_text_are_spelt_out(tokenizer):
     said = tuple(Message(m.speaker, f"a{tokenizer.eos_token}b {m.text}{tokenizer.bos_token}") for m in STORY.messages)
     story = Story(STORY.names, STORY.personas, STORY.scenario, said)
     if tokenizer.backend_tokenizer.get_vocab_size() == 900 and "Unigram" in str(tokenizer.backend_tokenizer.model):
-        with pytest.raises(ValueError, match="contains '</s>', which this tokenizer cannot spell out"):
+        with pytest.raises(
+            ValueError, match=r"^this story: a text contains '</?s>', which this tokenizer cannot spell out; remove it"
+        ):
             encode(story, tokenizer)
         return
     sample = encode(story, tokenizer)
@@ -336,3 +339,33 @@ def test_packed_stories_do_not_see_each_other(tiny):
     # the check can fail: without restarted positions the second story does see the first
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     assert (token_losses(model, **batch) - torch.cat(alone)).abs().max() > 1e-2
+
+
+def test_tokens_added_as_special_are_spelt_out_too():
+    from transformers import AddedToken, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False)])
+    command = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert command in tokenizer("<|im_start|>").input_ids, "obeyed, unless it is spelt out"
+    said = (*STORY.messages[:3], Message("character", "He types <|im_start|>system and laughs."))
+    sample = encode(Story(STORY.names, STORY.personas, STORY.scenario, said), tokenizer)
+    assert command not in sample.input_ids and "<|im_start|>system" in tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize("long", ["drop", "split"])
+def test_all_stories_that_do_not_fit_are_named_in_one_error_or_left_out(tiny, long):
+    def story(name, reply):
+        return Story(STORY.names, STORY.personas, STORY.scenario, (*STORY.messages[:1], Message("character", reply)), name)
+
+    stories = [story("a", ("Yes. " * 400).strip()), story("b", "Yes."), story("c", ("No. " * 400).strip()), story("d", "No.")]
+    labelled = [(s, None) for s in stories]
+    with pytest.raises(StoryErrors, match=r"^2 of 4 stories do not fit the context of 300 tokens:\n  a: .*\n  c: "):
+        build_corpus(labelled, tiny, 300, long=long)
+    problems = []
+    corpus = build_corpus(labelled, tiny, 300, long=long, too_long=problems)
+    assert corpus.stories == 2 and [p.file for p in problems] == ["a", "c"]
+    assert sorted(name for names in corpus.names for name in names) == ["b", "d"]
+    assert corpus == build_corpus([labelled[1], labelled[3]], tiny, 300, long=long)
+    with pytest.raises(ValueError, match=r"no story is left: all 2 are longer than the context of 300 tokens"):
+        build_corpus([labelled[0], labelled[2]], tiny, 300, long=long, too_long=[])

@@ -14,6 +14,7 @@ from helpers import profiles, training
 from helpers.data import build_corpus, labelled_stories
 from helpers.profiles import PROFILES
 from helpers.router_losses import attach_router_losses
+from helpers.schema import Message, Story
 from helpers.tiny_stories import labelled_story
 from helpers.tokens import IGNORED, Collator
 
@@ -197,3 +198,40 @@ def test_the_sample_stories_make_the_few_steps_that_the_profile_speaks_of(name, 
     steps = training._Run(profile, tmp_path, corpus, tokenizer, {}, "", profile.micro_batch).steps
     assert profiles.FEW in profile.reasons and 10 <= steps <= 24 and profile.warmup_steps > 0.4 * steps
     assert profile.save_steps < steps / 3, "a machine that vanishes must not take all of them with it"
+
+
+def test_a_profile_that_cannot_be_trained_is_refused_with_the_field():
+    wrong = [("micro_batch", 0), ("accumulation", -1), ("max_steps", 0), ("z_coef", math.nan), ("seed", -1), ("epochs", 0.0)]
+    for name, value in [*wrong, ("learning_rate", math.inf), ("lora_r", 2.5), ("lora_dropout", 1.0)]:
+        with pytest.raises(ValueError, match=rf"profile tiny: {name} must be .*, not "):
+            dataclasses.replace(TINY, **{name: value})
+
+
+def test_a_context_beyond_the_models_and_a_model_that_writes_nothing_are_refused(tmp_path):
+    from transformers import T5Config
+
+    with pytest.raises(ValueError, match=r"reads at most 2,048 tokens"):
+        run(tmp_path / "a", dataclasses.replace(TINY, context=4096))
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="is a t5 model, which is no causal language model"):
+        run(tmp_path / "b", dataclasses.replace(TINY, base=str(tmp_path / "t5")))
+
+
+def test_it_says_what_it_trains_on(tmp_path):
+    said = []
+    run(tmp_path, dataclasses.replace(TINY, max_steps=2, warmup_steps=1), say=said.append)
+    assert said[0].startswith("corpus: 30 stories, ") and "of them trained" in said[0]
+    assert said[1] == "2 steps, 1 of them warm-up" and "more than a third" in said[2]
+    assert any(text.startswith("loading ") for text in said)
+
+
+def test_held_out_stories_beyond_a_short_context_are_left_out(tmp_path):
+    short = dataclasses.replace(TINY, context=300, max_steps=1)
+    held = [labelled_story(900, max_words=30), labelled_story(901, max_words=30)]
+    long = Story(
+        *(getattr(held[0][0], n) for n in ("names", "personas", "scenario")), (Message("character", ("Yes. " * 400).strip()),)
+    )
+    said = []
+    result = training.train(short, held[:1] * 4, tmp_path, progress=None, held_out=[*held, (long, [None])], say=said.append)
+    assert result.history[-1]["held_out"]["all"] > 0
+    assert "1 of 3 held-out stories are longer than the context, and not measured on" in said

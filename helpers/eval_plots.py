@@ -20,6 +20,11 @@ FEW = 10  # replies of a class, below which its perplexity says little
 TICKS, TOP = (1, 3, 10, 30, 100, 300), 420
 
 
+def signed(value: float) -> str:
+    """With two decimals, and never as minus zero."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
 def _word_axis(axes, conditions: Sequence[str | None]) -> None:
     """A logarithmic axis of words, a column for each condition, the classes' own ranges shaded."""
     for x, name in enumerate(conditions):
@@ -128,7 +133,7 @@ def plot_side_by_side(tables: Sequence[LengthTable], title: str = "Early and dee
         )
     axes.set_title(f"{title}: mean words with 95 % intervals; shaded: the classes' ranges")
     axes.legend(fontsize=8, loc="upper left")
-    text = "; ".join(f"{t.label} {t.statistics['spearman']:+.2f}" for t in tables)
+    text = "; ".join(f"{t.label} {signed(t.statistics['spearman'])}" for t in tables)
     return finish(figure, f"Mean words by asked length with intervals. Spearman over single replies: {text}.")
 
 
@@ -141,7 +146,7 @@ def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figur
         clear = s["spearman_low"] > limit
         spread = [[s["spearman"] - s["spearman_low"]], [s["spearman_high"] - s["spearman"]]]
         axes.errorbar(s["spearman"], y, xerr=spread, fmt="o" if clear else "s", color=BLUE if clear else ORANGE, capsize=3)
-        axes.text(1.07, y, f"{s['spearman']:+.2f}   {s['within_one']:.0%} within one", va="center", fontsize=9)
+        axes.text(1.07, y, f"{signed(s['spearman'])}   {s['within_one']:.0%} within one", va="center", fontsize=9)
         assert not math.isnan(s["spearman"]), name
     axes.set(
         yticks=range(len(tables)),
@@ -152,7 +157,7 @@ def plot_effects(tables: Mapping[str, LengthTable], limit: float = 0.1) -> Figur
     axes.set_ylim(len(tables) - 0.5, -0.5)
     axes.legend(loc="lower right", fontsize=8, frameon=True)
     axes.set_title("Effect of the modifier on single replies, with 95 % intervals over conversations")
-    text = "; ".join(f"{n} {t.statistics['spearman']:+.2f}" for n, t in tables.items())
+    text = "; ".join(f"{n} {signed(t.statistics['spearman'])}" for n, t in tables.items())
     return finish(figure, f"Spearman correlations with intervals. {text}.")
 
 

@@ -239,12 +239,12 @@ def _activations(model: Model, rows: int, tokens: int, dropout: float, device: s
 
 
 def _together(assignments: int, experts: int, inner: int, hidden: int, device: str) -> tuple[int, int]:
-    """(experts that are handled together, tokens of theirs), as `experts` does it if all experts have as many tokens."""
-    from helpers.experts import GROUP
+    """(experts that are handled together, tokens of theirs) if all experts have as many tokens."""
+    from helpers.experts import groups_of
 
     each = max(1, assignments // experts)
-    group = max(1, min(experts, GROUP.get(device, 0) // (2 * inner * max(hidden, each))))
-    return group, group * each
+    first = groups_of([each * (e + 1) for e in range(experts)], torch.Size((experts, 2 * inner, hidden)), device)[0]
+    return len(first.spans), first.rows.stop
 
 
 def suggest(model: Model, gib: float, reserve: float = RESERVE, step: int = 256, **options: Any) -> tuple[int, int] | None:

@@ -301,21 +301,18 @@ def _shuffled(run_dir: Path, profile: Profile, training_stories: str | Path | No
 
 
 def trained_on(run_dir: str | Path, profile: Profile, path: str | Path | None = None) -> list[Labelled]:
-    """The stories of a run with their labels, as it was trained on them: `path`, or what the run knows of itself.
+    """The stories of a run with their labels, as it was trained on them: those at `path`, or the profile's.
 
     ValueError if the ids and labels made from them are not those of the run, or if nobody says where the stories are.
     """
     from transformers import AutoTokenizer
 
     facts = json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))
-    source = str(facts.get("stories", OF_PROFILE))
-    if path is None and source != OF_PROFILE:
-        if not Path(source).exists():
-            raise ValueError(
-                f"{run_dir} was trained on stories of yours, and they are not at {source!r}: the control needs the same ones; "
-                "say where they are with --training-stories PATH"
-            )
-        path = source
+    if path is None and facts.get("stories", OF_PROFILE) != OF_PROFILE:
+        raise ValueError(
+            f"{run_dir} was trained on stories of yours: the control needs the same ones, so say where they are with "
+            "--training-stories PATH"
+        )
     stories = None
     if path is not None:
         problems: list[StoryError] = []

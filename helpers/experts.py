@@ -400,7 +400,7 @@ def _ends(chosen: Tensor, experts: int) -> list[int]:
     return torch.searchsorted(chosen, torch.arange(experts, device=chosen.device, dtype=chosen.dtype), right=True).tolist()
 
 
-def _groups(ends: list[int], shape: torch.Size, device: str) -> list[_Group]:
+def groups_of(ends: list[int], shape: torch.Size, device: str) -> list[_Group]:
     """Neighbouring experts with tokens, as many as keep both their weights and their rows within `GROUP` numbers.
 
     When few experts have any (decoding one token), one by one: unpacking the others between them would be wasted.
@@ -569,7 +569,7 @@ def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     x, weight = hidden_states.to(dtype), top_k_weights
     with no_autocast(x):
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
-        groups = _groups(_ends(chosen, self.num_experts), stack_shape(stack), order.device.type)
+        groups = groups_of(_ends(chosen, self.num_experts), stack_shape(stack), order.device.type)
         job = _Pass(self, dtype, order, top_k_index.shape[1], groups, rules, seed)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *factors)):
             kept: list[Tensor] = []

@@ -4,8 +4,9 @@
 
 The logits of 4 rows of 10,240 tokens with 32,000 words are 4.9 GiB in fp32, and a naive loss holds several such tensors. Here
 a chunk of tokens goes through the head, gives its share of the loss and at once its gradient, and is dropped: two products a
-chunk, nothing computed twice (the idea of Liger's fused kernel, arXiv 2410.10989, in plain torch for any device). Of torch's
-own `linear_cross_entropy` (2.13) we measured a bf16 loss that is off by 2 %; Liger's needs Triton and replaces forwards.
+chunk, nothing computed twice (the idea of Liger's fused kernel, arXiv 2410.10989, in plain torch for any device). torch's own
+`linear_cross_entropy` (since 2.13) has gradients as good, but adds the loss up in bf16, which is 2 % off for thousands of tokens
+(a test watches it); Liger's needs Triton and replaces forwards.
 
 N tokens, H hidden size, V words.
 """

@@ -33,6 +33,7 @@ BLOCK = 64  # weights that share one scale; never straddles experts because in_f
 _SLICE = {"cpu": 2**20, "cuda": 2**28}  # weights quantised at a time; multiples of BLOCK
 _PIECE = {"cpu": 2**20}  # weights unpacked at a time: 4 MiB stay in the processor's cache; a GPU takes a whole expert
 GROUP = {"cuda": 2**26, "meta": 2**26}  # numbers, of weights and of activations, of experts handled together; a CPU: one by one
+MOST_ROWS = 2**15  # as a batch of small products: CUDA's grids end at 65,535, and not all kernels mind it
 
 
 class Factors(NamedTuple):
@@ -424,8 +425,11 @@ def groups_of(ends: list[int], shape: torch.Size, device: str) -> list[_Group]:
 
 
 def _row_blocks(h: Tensor) -> list[slice]:
-    """Rows to apply the gate to at a time: what stays in a CPU's cache, so that its many steps do not wait for memory."""
-    step = max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1])
+    """Rows to apply the gate to at a time: what stays in a CPU's cache, so that its many steps do not wait for memory.
+
+    On a GPU all, but for `MOST_ROWS`.
+    """
+    step = min(MOST_ROWS, max(1, int(min(_PIECE.get(h.device.type, math.inf), h.numel())) // h.shape[1]))
     return [slice(first, min(first + step, len(h))) for first in range(0, len(h), step)]
 
 

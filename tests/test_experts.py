@@ -321,6 +321,14 @@ def test_experts_handled_together_give_what_they_give_alone(monkeypatch, most, k
     assert count == count_alone if most == 1 else count < count_alone
 
 
+def test_a_batch_of_products_stays_within_a_gpus_grid():
+    """`bmm` of one row and one column for each of 80,000 assignments (4 rows of 10k, all to one expert) may go beyond 65,535."""
+    wide = torch.empty(81_920, 8, device="meta")  # what a GPU would be given: no limit by the cache
+    blocks = experts._row_blocks(wide)
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]] and blocks[-1].stop == len(wide)
+    assert len(blocks) > 1 and all(block.stop - block.start < 65_536 for block in blocks)
+
+
 def test_an_index_that_names_no_expert_adds_nothing():
     """transformers writes E for a place that holds no token. Memory that nobody wrote must not be read."""
     packed, _ = make()

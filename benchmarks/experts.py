@@ -66,12 +66,12 @@ class Ours(nn.Module):
     """NF4 stacks, factors applied in turn."""
 
     def __init__(self, o):
-        from helpers import experts
+        from helpers import experts, nf4
 
         super().__init__()
         self.layer = layer(o, experts.NAME)
         for name in STACKS:
-            setattr(self.layer, name, experts.quantize_stack(getattr(self.layer, name)))
+            setattr(self.layer, name, nf4.quantize_stack(getattr(self.layer, name)))
         self.lora, self.kind = factors(o), experts.Factors
 
     def forward(self, *inputs):
@@ -115,7 +115,7 @@ def parametrised(o: argparse.Namespace, implementation: str) -> nn.Module:
 
 
 class Floor(nn.Module):
-    """The matrix products alone: forward, and backward for the inputs, with as many rows an expert as on average."""
+    """The matrix products alone: forward, and backward for the inputs, with as many rows per expert as on average."""
 
     def __init__(self, o):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training step of Mixtral-8x7B on a CUDA GPU: tokens a second, peak memory, share of what the GPU's multipliers can do.
+"""A training step of Mixtral-8x7B on a CUDA GPU: tokens per second, peak memory, share of what the GPU's multipliers can do.
 
     python benchmarks/experts_gpu.py [--minutes 12] [--out build/experts-gpu.json] [--cases ceiling steps …]
 
@@ -56,9 +56,8 @@ sys.path.insert(0, str(ROOT))
 from helpers import budget, experts, losses, qlora
 from helpers.environment import hardware, versions
 from helpers.quantization import audit, random_4bit
+from helpers.rehearsal import CARD_TOKENS
 from helpers.router_losses import attach_router_losses
-
-CARD_TOKENS = 25.5e6  # of the card's three epochs
 
 
 class Clock:
@@ -321,7 +320,7 @@ class Bench:
                 torch.cuda.set_sync_debug_mode("default")
             waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
             found["waits_a_step"] = dict(waits.most_common())
-            self.clock.say(f"profile: Python waits {sum(waits.values())} times a step for the GPU")
+            self.clock.say(f"profile: Python waits {sum(waits.values())} times per step for the GPU")
             yield found
 
     def compare(self) -> Iterator[dict]:
@@ -428,7 +427,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 10240, 40960], help="tokens a step")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 10240, 40960], help="tokens per step")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))

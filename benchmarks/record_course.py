@@ -7,6 +7,7 @@ python benchmarks/record_course.py --readme   only renders the README from the c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -69,8 +70,8 @@ def figure(results: dict, old: str) -> str:
             f'<img src="{PICTURE.relative_to(ROOT).as_posix()}" alt="{results["picture"]}">',
             "</picture>",
             "",
-            "*What you will have built: ask for a length and get it. Each dot is a reply of the `tiny` model, grey is what "
-            "the word means. Spearman correlation between the length asked for and the words that came, over "
+            "*What you will have built: ask for a length and get it. Each dot is a reply of the `tiny` model, grey are the "
+            "words that its class allows. Spearman correlation between the length asked for and the words that came, over "
             f"{ours['replies']} replies: **{ours['spearman']:+.2f}**; before the training: {base['spearman']:+.2f}.*",
         ]
     )
@@ -123,6 +124,32 @@ def profiles(results: dict, old: str) -> str:
     return "\n".join(lines)
 
 
+@functools.cache
+def hours(gpu: str) -> float:
+    """The least that the card's training takes on a GPU, by the rehearsal's roofline."""
+    from helpers.profiles import PROFILES
+    from helpers.rehearsal import CARD_TOKENS, rehearse
+
+    counted = rehearse(PROFILES["a100-80"])
+    return CARD_TOKENS / (counted.rows * counted.tokens) * counted.least_seconds(gpu) / 3600
+
+
+def large(results: dict, old: str) -> str:
+    """What Mixtral's profile takes: computed, as nobody has trained it yet."""
+    from helpers import environment
+    from helpers.profiles import PROFILES
+    from helpers.rehearsal import CARD_TOKENS
+
+    card = PROFILES["a100-80"]
+    download, run = environment.DOWNLOAD_GIB[card.base], environment.run_gib(card)
+    return (
+        f"This downloads {download} GiB, and a run leaves up to {run:.0f} GiB on the disk; 8 GiB of host memory do, because "
+        f"the weights are packed while they stream in. The card's {CARD_TOKENS / 1e6:.1f} million tokens (an estimate) take at "
+        f"least {hours('A100-80'):.1f} hours on an A100-80 and {hours('H200'):.1f} on an H200: a bound that is computed from the "
+        "work of every kernel, not a measurement."
+    )
+
+
 def outcome(results: dict, old: str) -> str:
     """The length table, the run, and what the other benchmarks found."""
     tables = results["evaluation"]
@@ -142,7 +169,7 @@ def outcome(results: dict, old: str) -> str:
         "",
         "* Spearman correlation between the class asked for and the words of a single reply: "
         f"**{a['spearman']:+.2f}** at the first reply ({a['replies']} replies), **{d['spearman']:+.2f}** deep in the "
-        f"conversation ({d['replies']}), **{b['spearman']:+.2f}** for the untouched base model. {a['within_one']:.0%} of replies "
+        f"conversation ({d['replies']}), **{b['spearman']:+.2f}** for the untouched base model. {a['within_one']:.1%} of replies "
         "are within one class of the one asked for.",
         f"* {experts['4-bit']:.0%} of the expert weights are NF4, {experts['bits/weight']:.2f} bits each with their scales.",
         f"* The run: {training['steps']:,} steps in {took:.1f} minutes, {training['tokens_per_second']:,} tokens/s.",
@@ -199,11 +226,12 @@ def peers() -> list[str]:
         "",
         f"Layer: forward and backward with LoRA, hidden {size['hidden']:,}, intermediate {size['intermediate']:,}, "
         f"{size['tokens']:,} tokens, rank {size['rank']} (`benchmarks/experts.py`). "
-        f"Step: {medium['model']} (`benchmarks/training.py`).",
+        f"Step: {medium['model']} (`benchmarks/training.py`); the others pad their rows ({medium['padding_of_peers']:.0%} "
+        "filler), because on a CPU they have no packing that keeps stories apart; only real tokens count.",
     ]
 
 
-BLOCKS = {"figure": figure, "notebooks": notebooks, "profiles": profiles, "results": outcome}
+BLOCKS = {"figure": figure, "notebooks": notebooks, "profiles": profiles, "large": large, "results": outcome}
 
 
 def with_results(readme: str, results: dict) -> str:

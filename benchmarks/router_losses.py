@@ -35,7 +35,7 @@ from helpers.router_losses import attach_router_losses, load_balancing_loss, rou
 
 VARIANTS = ("without", "attached", "recorded")
 Z, B = 1e-3, 1e-3
-SIZES = {  # hidden, intermediate, layers, heads, rows, tokens a row
+SIZES = {  # hidden, intermediate, layers, heads, rows, tokens per row
     "tiny": (128, 128, 4, 4, 4, 512),
     "medium": (512, 1792, 4, 8, 2, 512),
     "mixtral": (4096, 14336, 2, 32, 4, 2048),

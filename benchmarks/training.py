@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helpers.budget import LiveBytes  # of the package, what also works beside transformers 4
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK, ROWS, STEPS = 16, 2, 3  # LoRA rank; packed rows a step; steps a round, of which the first is not timed
+RANK, ROWS, STEPS = 16, 2, 3  # LoRA rank; packed rows per step; steps a round, of which the first is not timed
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SIZES = {
     "tiny": "the shipped base model: hidden 128, 4 layers, 8 experts of 128, 2,304 words",

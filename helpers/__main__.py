@@ -20,9 +20,10 @@ def _number(kind: type, least: float, above: bool = False, most: float = math.in
     def read(text: str):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least or (above and value == least) or value > most:
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            value, finite = math.nan, False
+        if not finite or value < least or (above and value == least) or value > most:
             raise argparse.ArgumentTypeError(f"{text!r}: must be {what}")
         return value
 
@@ -149,9 +150,12 @@ def _write(file: Path, lines) -> None:
     """Atomic."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(lines)
-    part.replace(file)
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as out:
+            out.writelines(lines)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
     print(file)
 
 
@@ -215,6 +219,9 @@ def _train(options) -> int:
             print(text, flush=True)
 
     say(f"profile {profile.name} ({why}), base {profile.base}")
+    if changes or options.stories:
+        own = [name.replace("_", " ") for name in changes] + ["stories"] * bool(options.stories)
+        say(f"  yours: {', '.join(own)}. The profile itself is as it is because:")
     for reason in profile.reasons:
         say(f"  - {reason}")
     if not options.anyway:
@@ -242,6 +249,8 @@ def _train(options) -> int:
             say=say,
         )
     except StoryError as error:
+        if not Path(options.stories or "").exists():
+            raise
         raise ValueError(f"{error}\n(--skip-bad-stories leaves out such stories, --context N changes the length)") from error
     if not result.finished:
         say(f"stopped after step {result.step} of {result.total_steps}; the same command continues from there")
@@ -255,11 +264,16 @@ _SETTINGS = ("max_steps", "epochs", "seed", "z_coef", "base", "context", "micro_
 
 def _check_machine(profile, options) -> None:
     """ValueError for what would fail after an hour: a profile for a larger GPU, a disk without room for the run."""
-    from helpers import environment
+    from helpers import budget, environment
 
     anyway = "or say --anyway"
     short = environment.lacking_memory(profile)
     if short and options.base is None:  # of another base, the profile's number says nothing
+        # A shorter context or smaller micro-batch may fit all the same; --shrink gets down to one row.
+        rows = 1 if options.shrink else profile.micro_batch
+        fits = budget.estimate(profile, rows).fits(environment.gpu_memory_gib() or 0.0)
+        short = "" if fits else short
+    if short and options.base is None:
         raise ValueError(f"profile {profile.name} {short}: leave out --profile for the one that fits here, {anyway}")
     disk = environment.check_disk(profile, options.output)
     if not disk.ok:
@@ -324,8 +338,9 @@ def _share(options) -> int:
             raise ValueError(f"--{name} belongs to --push USER/NAME: without it nothing is uploaded")
     length = None if options.length == "none" else options.length
     targets = [name for part in options.target or () for name in part.split(",")] or sharing.TARGETS
+    folders = {"merged": options.merged, "per_expert": options.per_expert}
     sharing.check_request(
-        options.run, targets, options.char, options.user, length, options.base_name, options.merged, options.push
+        options.run, targets, options.char, options.user, length, options.base_name, repo_id=options.push, **folders
     )
     datasets = [name for part in options.dataset or () for name in part.split(",")]
     names = {"char": options.char, "user": options.user, "base_name": options.base_name}
@@ -335,6 +350,8 @@ def _share(options) -> int:
         print(sharing.export(options.run, target, length=length, **names))
     if options.merged:
         print(sharing.merge_run(options.run, options.merged))
+    if options.per_expert:
+        print(sharing.export_per_expert(options.run, options.per_expert))
     if options.push:
         sharing.push_to_hub(options.run, options.push, send=options.send, private=not options.public)
     return 0
@@ -348,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     course = commands.add_parser("course", help="run the notebooks in order; page in build/")
     course.add_argument("--in-place", action="store_true", help="write the outputs into notebooks/ as well")
-    course.add_argument("--only", nargs="*", help="parts of notebook names")
+    course.add_argument("--only", nargs="+", help="parts of notebook names")
     course.set_defaults(run_command=_course)
 
     compare = commands.add_parser("compare", help="do the committed outputs still hold? (`make test` asks)")
@@ -361,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     stamp.set_defaults(run_command=_stamp)
 
     stories = commands.add_parser("stories", help="check and describe your stories; write them for other programs")
-    stories.add_argument("path", type=Path, help="a folder of stories, or one .yaml or .jsonl file")
+    stories.add_argument("path", type=Path, help="a folder of stories, or one .yaml, .json or .jsonl file")
     stories.add_argument("--tokenizer", help='folder or Hub id, to count tokens; "mixtral" is Mixtral-8x7B\'s own, offline')
     stories.add_argument("--card", type=Path, help="write the statistics into this Markdown file, between its marks")
     stories.add_argument("--jsonl", type=_lines_file, help="write the stories as JSON lines, cleaned")
@@ -373,9 +390,10 @@ def main(arguments: list[str] | None = None) -> int:
     budget = commands.add_parser("budget", help="memory of a training step by part, and what fits which GPU")
     budget.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits this machine")
     budget.add_argument("--micro-batch", type=_count, help="rows a forward pass; default: the profile's")
-    budget.add_argument("--context", type=_count, help="tokens a row; default: the profile's")
-    budget.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
-    budget.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
+    budget.add_argument("--context", type=_count, help="tokens per row; default: the profile's")
+    either = budget.add_mutually_exclusive_group()
+    either.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
+    either.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
     budget.add_argument("--rehearse", action="store_true", help="count instead: run the step on tensors without storage")
     budget.set_defaults(run_command=_budget)
 
@@ -409,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="measure length control of a finished run, and of its base")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--conversations", type=int, help="held-out conversations (default: by profile)")
-    evaluate.add_argument("--samples", type=int, help="replies a conversation and length (default: by profile)")
+    evaluate.add_argument("--samples", type=int, help="replies per conversation and length (default: by profile)")
     evaluate.add_argument("--batch-size", type=int, help="rows that are sampled at once (default: by profile)")
     evaluate.add_argument("--controls", action="store_true", help="also train and measure an adapter on shuffled labels")
     evaluate.add_argument("--stories", type=Path, help="conversations to measure: a folder of stories, or a .jsonl file")
@@ -418,7 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     evaluate.add_argument("--temperature", type=float, default=0.8)
     evaluate.add_argument("--top-p", type=float, default=0.95)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--seed", type=_seed, default=0)
     evaluate.set_defaults(run_command=_evaluate)
 
     chat = commands.add_parser("chat", help="talk to a character of a finished run")
@@ -426,7 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
     chat.add_argument("--stories", type=Path, help="characters of your own: a folder of stories, or a .jsonl file")
     chat.add_argument("--temperature", type=float, default=0.8)
     chat.add_argument("--top-p", type=float, default=0.95)
-    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--seed", type=_seed, default=0)
     chat.set_defaults(run_command=_chat)
 
     share = commands.add_parser("share", help="model card, chat template, presets, checksums; upload")
@@ -436,6 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
     share.add_argument("--user", default="User", help="the user's name in them")
     share.add_argument("--length", default="medium", help="the length that the presets ask for, or none")
     share.add_argument("--merged", type=Path, help="also write base and adapter as one bf16 checkpoint into this folder")
+    share.add_argument("--per-expert", type=Path, help="also write the adapter in transformers 4's layout (vLLM, llama.cpp)")
     share.add_argument("--base-name", metavar="ORG/NAME", help="the base's Hub id, if it was trained from a folder")
     share.add_argument("--dataset", action="append", help="Hub id of the training data, for the card (several: a,b or once more)")
     share.add_argument("--license", help="Hub license id, for the card")
@@ -448,15 +467,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run_command(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        again = "; the same command goes on from what is there" if options.run_command in (_train, _evaluate) else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # whoever read the output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
-        if os.environ.get("COURSE_TRACEBACK") or not _foreseen(error):
+        ours = isinstance(error, (ValueError, OSError, FloatingPointError))
+        if os.environ.get("COURSE_TRACEBACK") or not (ours or _foreseen(error)):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {error if ours else _sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -477,7 +498,7 @@ def _sentence(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # into a file or a pipe, Windows would write its old code page
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # into a file or a pipe, Windows would write its old code page
         stream.reconfigure(encoding="utf-8")
     if sys.stdin is not None and not sys.stdin.isatty():  # and read it; a console is UTF-8 already
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")

@@ -20,7 +20,7 @@ from helpers.generation import Progress, Prompt, Sampling, reply_stops, steady
 from helpers.lengths import LENGTHS, count_words, length_class, word_range
 from helpers.prompts import Lengths, generation_segments, response_header
 from helpers.replies import recorded_replies
-from helpers.schema import Message, Story, clean_reply
+from helpers.schema import Message, Story, StoryError, clean_reply
 from helpers.tokens import IGNORED, encode, encode_segments
 
 Rows = list[dict[str, Any]]
@@ -53,7 +53,7 @@ def change_of_length(
 ) -> Rows:
     """The model's own first reply at one length, the user's next message, then a reply at another: words of both.
 
-    A row a reply: first, then, story, words, before (words of the first reply). Stories need two character replies.
+    A row per reply: first, then, story, words, before (words of the first reply). Stories need two character replies.
     """
     stories = [s for s in stories if len(s.replies) > 1]
     opening = asker.ask([Prompt.of(s.before_reply(0), asker.tokenizer, a) for s in stories for a in first])
@@ -66,7 +66,10 @@ def change_of_length(
         before = story.before_reply(1)
         at = next(i for i, m in enumerate(before.messages) if m.speaker == "character")
         messages = (*before.messages[:at], Message("character", text), *before.messages[at + 1 :])
-        changed = dataclasses.replace(before, messages=messages)
+        try:
+            changed = dataclasses.replace(before, messages=messages)
+        except StoryError:  # what it wrote cannot stand in a story (it imitates a block header, say)
+            continue
         for b in then:
             cases.append({"first": a, "then": b, "story": k // len(first), "before": count_words(text)})
             prompts.append(Prompt.of(changed, asker.tokenizer, b, [a]))
@@ -74,7 +77,7 @@ def change_of_length(
 
 
 def carry_over(asker: Asker, stories: Sequence[Story], asked: Sequence[str | None] = ("medium", None), reply: int = DEEP) -> Rows:
-    """The same conversation, word for word, with other modifiers on the replies already given. A row a reply."""
+    """The same conversation, word for word, with other modifiers on the replies already given. A row per reply."""
     cases, prompts = [], []
     for number, story in enumerate(stories):
         before = story.before_reply(reply)
@@ -199,7 +202,7 @@ def verbosity(table: LengthTable, stories: Sequence[Story], condition: str | Non
 def reply_perplexity(model, tokenizer, stories: Sequence[Story]) -> Rows:
     """Perplexity of the conversations' own replies, by class, with every reply's right modifier and with none anywhere.
 
-    Perplexity is exp of the mean negative log-likelihood of a reply's tokens and its end, in nats a token.
+    Perplexity is exp of the mean negative log-likelihood of a reply's tokens and its end, in nats per token.
     """
     import torch
 

@@ -10,7 +10,7 @@ Without checkpointing all layers keep theirs. With it, each layer keeps its inpu
 else. On top come the working tensors of one expert's backward pass. The tests hold the sum against the measured peak of live
 tensors (`LiveBytes`).
 
-B rows, S tokens a row, T = B·S, H hidden size, I intermediate size, E experts, k experts a token.
+B rows, S tokens per row, T = B·S, H hidden size, I intermediate size, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {
     "allenai/OLMoE-1B-7B-0924": ("olmoe", {"intermediate_size": 1024}),
 }
 RESERVE = 1.0  # GiB for the CUDA context, cuBLAS and torch's cache: an allowance, not a measurement
-IMBALANCE = 1.25  # the fullest expert has this many times the average of tokens
+IMBALANCE = 1.25  # the fullest expert has this many times the average of tokens: assumed
 
 
 # ------------------------------------------------------------------------------------------------------ before the run
@@ -151,12 +151,14 @@ def estimate(
     dropout: float | None = None,
     device: str = "cuda",
     masked: bool = False,
+    imbalance: float = IMBALANCE,
     **lora: Any,
 ) -> Budget:
     """The budget of a profile, of a model configuration, or of a model that was `describe`d before.
 
     What is not given is taken from the profile; otherwise one row of the longest context, with checkpointing, dropout 0.05.
-    `masked`: packed rows go through SDPA with a mask (`--attention sdpa`). `lora` goes to `describe`.
+    `masked`: packed rows go through SDPA with a mask (`--attention sdpa`). `imbalance`: how many times the average of tokens
+    the fullest expert has. `lora` goes to `describe`.
     """
     from helpers.profiles import Profile
 
@@ -170,7 +172,7 @@ def estimate(
     rows, tokens, checkpointing, dropout = (u if g is None else g for g, u in zip(given, usual, strict=True))
     if rows < 1 or tokens < 1:
         raise ValueError(f"micro-batch {rows} and context {tokens} must be at least 1")
-    layer_kept, working, head = _activations(model, rows, tokens, dropout, device, masked)
+    layer_kept, working, head = _activations(model, rows, tokens, dropout, device, masked, imbalance)
     z = model.sizes
     checkpoint = rows * tokens * z["hidden"] * model.dtype.itemsize
     parts = {
@@ -201,7 +203,9 @@ def of_profile(profile: Profile, **lora: Any) -> Model:
     return describe(config_of(profile), profile.dtype, name=f"{profile.name} ({profile.base})", **wanted)
 
 
-def _activations(model: Model, rows: int, tokens: int, dropout: float, device: str, masked: bool) -> tuple[int, int, int]:
+def _activations(
+    model: Model, rows: int, tokens: int, dropout: float, device: str, masked: bool, imbalance: float
+) -> tuple[int, int, int]:
     """(what a layer keeps, what its backward pass works with beside that, what the loss takes) in bytes."""
     z, s = model.sizes, model.dtype.itemsize
     t, h, inner, k = rows * tokens, z["hidden"], z["inner"], z["top_k"]
@@ -223,7 +227,7 @@ def _activations(model: Model, rows: int, tokens: int, dropout: float, device: s
     factors = 2 * model.adapters // z["layers"] * s if s < 4 else 0  # copies in half precision, and their gradients
     layer_kept = norms + attention + routing + stream + factors + t * k * 2 * inner * s
     together, most = _together(t * k, z["experts"], inner, h, device)
-    uneven = 1 + (IMBALANCE - 1) / math.sqrt(together)  # several experts even each other out
+    uneven = 1 + (imbalance - 1) / math.sqrt(together)  # several experts even each other out
     most = min(t * min(together, k), math.ceil(uneven * most))
     mask = most * inner if dropout else 0  # a byte each
     # the gate's backward pass, or the unpacked matrices through which the gradient goes back into the input

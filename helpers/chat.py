@@ -69,7 +69,7 @@ class Chat:
         return pieces()
 
     def _prompt(self, story: Story, length: str | None, sample: int) -> Prompt:
-        context = self.model.config.max_position_embeddings
+        context = self.model.config.get_text_config().max_position_embeddings
         room = context - min(self.sampling.max_new_tokens, context // 2)
         for dropped in range(0, len(story.messages), 2):
             short = dataclasses.replace(story, messages=story.messages[dropped:])
@@ -119,7 +119,7 @@ def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print
     if not settings:
         raise ValueError("no character to talk to: give at least one story")
     for number, story in enumerate(settings[:LISTED], start=1):
-        write(f"{number}. {story.personas.character}")
+        write(f"{number}. {story.names.character}: {story.personas.character}")
     if len(settings) > LISTED:
         write(f"… and more, up to {len(settings)}")
     length, chat = "medium", None
@@ -140,7 +140,7 @@ def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print
             continue
         try:
             if said.startswith("/length"):
-                wanted = said.removeprefix("/length").strip()
+                wanted = said.removeprefix("/length").strip().lower()
                 if wanted != "none":
                     rank(wanted)
                 length = None if wanted == "none" else wanted
@@ -157,7 +157,7 @@ def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print
         except KeyboardInterrupt:
             write("\n[stopped; what came is kept. /again: another reply, /quit or Ctrl-C: end]")
         except ValueError as error:
-            write(f"[{error}]")
+            write(f"[{getattr(error, 'problem', error)}]")
         except torch.OutOfMemoryError as error:
             first = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
             write(f"\n[{first}. What came is kept. A shorter /length needs less, and so does a new talk; or end other programs]")

@@ -33,6 +33,16 @@ class Stored:
     dtype: str  # safetensors' names: BF16, F32, U8, ...
 
 
+def check_place(path_or_id: str | Path) -> None:
+    """OSError for a folder that is not there, or that holds no weights: of both, the Hub's own words say little."""
+    path, text = Path(path_or_id), str(path_or_id)
+    if path.is_dir():
+        if not any((path / name).exists() for name in (SINGLE, INDEX)):
+            raise OSError(f"{path} holds no weights ({SINGLE} or {INDEX}): fetch or copy them there")
+    elif path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise OSError(f"there is no folder {path}, and a Hub id has the form ORG/NAME")
+
+
 def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
     """Name → Stored for every tensor of a folder or Hub id (downloaded if need be; `hub` goes to `cached_file`).
 
@@ -60,10 +70,11 @@ def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
     return stored
 
 
-def identity(path_or_id: str | Path, pieces: int = 64) -> str:
-    """Sixteen hex digits that stand for a checkpoint's weights: names, shapes, sizes, and `pieces` samples of 4 KiB of each file.
+def identity(path_or_id: str | Path, pieces: int = 64, whole: int = 2**28) -> str:
+    """Sixteen hex digits that stand for a checkpoint's weights: names, shapes, sizes, and what is in its files.
 
-    Seconds for 90 GB. Weights that were trained again differ nearly everywhere, so samples tell them apart.
+    Of a file of more than `whole` bytes, `pieces` samples of 4 KiB: seconds for 90 GB. Weights that were trained again differ
+    nearly everywhere, so samples tell them apart; a change of a single tensor in a large file may go unseen.
     """
     stored = read_headers(path_or_id)
     names = sorted((name, s.shape, s.dtype) for name, s in stored.items())
@@ -72,6 +83,9 @@ def identity(path_or_id: str | Path, pieces: int = 64) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
+            if size <= whole:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                continue
             for k in range(pieces):
                 stream.seek(max(0, size - 4096) * k // (pieces - 1))
                 digest.update(stream.read(4096))

@@ -70,7 +70,7 @@ def about_adapter(table: LengthTable) -> list[Conclusion]:
             "yes",
             judged(top, s["conversations"]),
         ),
-        Conclusion(f"{where}: nothing was cut off unseen", f"{s['cut_off']:.1%} cut", "<= 1%", s["cut_off"] <= 0.01),
+        Conclusion(f"{where}: few replies were cut off", f"{s['cut_off']:.1%}", "<= 1%", s["cut_off"] <= 0.01),
     ]
 
 
@@ -96,9 +96,9 @@ def about_no_modifier(table: LengthTable, verbosity: Sequence[Mapping[str, Any]]
     u, how = table.unasked, f"T {table.sampling['temperature']}"
     found = [
         Conclusion(
-            f"without modifier, {how}: mean words inside the natural interval",
-            f"{u['none_mean']:.1f}",
-            f"[{u['natural_low']:.1f}, {u['natural_high']:.1f}]",
+            f"without modifier, {how}: as long as the conversations' own replies",
+            f"{u['difference']:+.1f} [{u['difference_low']:+.1f}, {u['difference_high']:+.1f}]",
+            "holds 0",
             judged(u["none_is_natural"], len(table.natural)),
         )
     ]

@@ -12,29 +12,40 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from helpers.data import Labelled
+from helpers.qlora import active_factors
 
 
 @contextlib.contextmanager
 def random_adapter(model, seed: int = 0) -> Iterator[None]:
-    """Inside, each LoRA tensor is normal noise with the Frobenius norm that training gave it; afterwards it is back, to the bit.
+    """Inside, each adapter is normal noise, of the size that training gave it; afterwards it is back, to the bit.
 
-    If any change of this size made replies follow the modifier, this one would.
+    Of the same size is the change of the weights: ‖B·A‖ (Frobenius) of each adapter, and of each expert in a stack. If any
+    change of this size made replies follow the modifier, this one would.
     """
-    tensors = [(n, p) for n, p in sorted(model.named_parameters(), key=lambda item: item[0]) if ".lora_" in n]
-    if not tensors:
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has no LoRA adapter to replace by a random one")
-    kept = [p.detach().clone() for _, p in tensors]
+    factors = active_factors(model)
+    kept = [(f.A.detach().clone(), f.B.detach().clone()) for f in factors]
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            for (_, p), old in zip(tensors, kept, strict=True):
-                noise = torch.randn(p.shape, generator=generator).to(p)
-                p.copy_(noise * (old.norm() / noise.norm()))
+            for f, (a, b) in zip(factors, kept, strict=True):
+                for part, old in ((f.A, a), (f.B, b)):
+                    noise = torch.randn(old.shape, generator=generator).to(old)
+                    part.copy_(noise * (old.norm() / noise.norm()))
+                f.B.mul_((product_norms(a, b) / product_norms(f.A, f.B).clamp_min(1e-30))[:, None, None])
         yield
     finally:
         with torch.no_grad():
-            for (_, p), old in zip(tensors, kept, strict=True):
-                p.copy_(old)
+            for f, (a, b) in zip(factors, kept, strict=True):
+                f.A.copy_(a)
+                f.B.copy_(b)
+
+
+def product_norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """‖B·A‖ of each expert (E,), for A (E, r, in) and B (E, out, r), without the products: ‖BA‖² = tr(BᵀB·AAᵀ)."""
+    a, b = a.float(), b.float()
+    return ((b.mT @ b) * (a @ a.mT)).sum((1, 2)).clamp_min(0).sqrt()
 
 
 def shuffled_labels(labelled: Sequence[Labelled], seed: int = 0) -> list[Labelled]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -47,9 +48,35 @@ def execute(path: Path, timeout: int = 3600):
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute(env=environment)
+    _run(client, environment)
     clean(notebook)
     return notebook
+
+
+def _run(client, environment: dict[str, str]) -> None:
+    """Execute in a thread of its own: in the main one, nbclient would answer Ctrl-C with the tracebacks of a dead kernel."""
+    import psutil
+
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            client.execute(env=environment)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except KeyboardInterrupt:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        raise
+    if failures:
+        raise failures[0]
 
 
 class PeakMemory:
@@ -85,6 +112,9 @@ def run_course(in_place: bool = False, only: list[str] | None = None) -> Path:
 
     from helpers import environment, profiles, site
 
+    for part in only or ():
+        if not any(part in name for name in NOTEBOOKS):
+            raise ValueError(f"no notebook's name holds {part!r}: they are {', '.join(NOTEBOOKS)}")
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     executed, measured, started = {}, {}, time.monotonic()

@@ -28,7 +28,11 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     if name != "mixtral":
-        return AutoTokenizer.from_pretrained(name)
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            why = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"no tokenizer can be loaded from {name} ({why}): name a folder with one, or a Hub id") from error
     import importlib.util
     import json
     import shutil
@@ -119,7 +123,7 @@ def render(facts: dict[str, Any]) -> str:
             "",
             f"As training samples with the tokenizer {tokens['tokenizer']}: {tokens['all']:,} tokens, "
             f"{tokens['trained'] / tokens['all']:.0%} of them in the character's replies; {size['shortest']:,} to "
-            f"{size['longest']:,} tokens a story, median {size['median']:,.0f}, {tokens['above 9,000']} above 9,000.",
+            f"{size['longest']:,} tokens per story, median {size['median']:,.0f}, {tokens['above 9,000']} above 9,000.",
             "",
             "| context | stories that do not fit | tokens beyond it |",
             "|---|---|---|",
@@ -140,4 +144,5 @@ def write_card(file: Path, text: str) -> None:
     _, found_too, after = rest.partition(END)
     if not (found and found_too):
         raise ValueError(f"{file} has no lines {BEGIN} and {END}: add them where the statistics belong")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

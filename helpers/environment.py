@@ -325,9 +325,11 @@ def prepare_notebook() -> None:
     if missing:
         print("installing", ", ".join(missing))
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
-    for _, check in checks:
-        if not check.ok and not check.detail.startswith("not installed"):
-            print(f"[FAIL] {check.name}: {check.detail}\n       -> {check.todo}")
+    wrong = [check for _, check in checks if not check.ok and not check.detail.startswith("not installed")]
+    for check in wrong:
+        print(f"[FAIL] {check.name}: {check.detail}\n       -> {check.todo}")
+    if wrong:
+        print("Do this first, restart the kernel, and run this cell again: cells further down may fail otherwise.")
 
     use_colab_secret()
     quiet()

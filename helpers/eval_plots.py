@@ -27,10 +27,10 @@ def signed(value: float) -> str:
 
 def _word_axis(axes, conditions: Sequence[str | None]) -> None:
     """A logarithmic axis of words, a column for each condition, the classes' own ranges shaded."""
-    for x, name in enumerate(conditions):
-        if name in LENGTHS:
-            low, high = word_range(name)
-            axes.fill_between([x - 0.46, x + 0.46], low - 0.5, (high or 320) + 0.5, color="#dddddd", zorder=0, lw=0)
+    known = [(x, word_range(name)) for x, name in enumerate(conditions) if name in LENGTHS]
+    for x, (low, high) in known:
+        label = "words of the class" if x == known[0][0] else None  # in the legend, once
+        axes.fill_between([x - 0.46, x + 0.46], low - 0.5, (high or 320) + 0.5, color="#dddddd", zorder=0, lw=0, label=label)
     axes.set(yscale="log", ylabel="words in the reply (log scale)", xticks=range(len(conditions)), ylim=(0.6, TOP))
     axes.set_xticklabels([c or "(none)" for c in conditions], rotation=20, ha="right")
     axes.set_yticks(TICKS, [str(t) for t in TICKS])
@@ -64,7 +64,8 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None, phone: 
     natural = sorted(table.natural)
     if natural:
         middle = natural[len(natural) // 2]
-        axes.axhline(middle, color=BLACK, ls=":", lw=1, label="median of the conversations' own replies")
+        of_theirs = "their own replies' median" if phone else "median of the conversations' own replies"
+        axes.axhline(middle, color=BLACK, ls=":", lw=1, label=of_theirs)
     what, signs = f"{table.label}, reply {table.reply + 1}", "boxes quartiles with median, diamonds means with 95 % interval"
     axes.set_title(f"{what}; diamonds: means, 95 % interval" if phone else f"{what}: dots replies, {signs}")
     text = f"Words of single replies by the length asked for, on a log axis. Means: {_means(table)}."
@@ -74,13 +75,12 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None, phone: 
         spread = [[r["mean"] - r["low"] for r in control.rows], [r["high"] - r["mean"] for r in control.rows]]
         axes.errorbar(places, means, spread, fmt="s", color=PURPLE, mec=BLACK, ms=4, capsize=2, label=f"means, {control.label}")
         text += f" Of the {control.label}: {_means(control)}."
-    if natural or control is not None:
-        axes.legend(loc="upper left", fontsize=9)
+    axes.legend(loc="upper left", fontsize=8 if phone else 9)
     return finish(figure, text)
 
 
 def _means(table: LengthTable) -> str:
-    return ", ".join(f"{r['length']} {r['mean']:.0f}" for r in table.rows)
+    return ", ".join(f"{r['length']} {r['mean']:.{0 if r['mean'] >= 10 else 1}f}" for r in table.rows)
 
 
 def plot_class_matrix(table: LengthTable) -> Figure:

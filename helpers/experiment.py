@@ -167,7 +167,7 @@ def evaluate_run(
     result, profile = finished(run_dir)
     size = size or size_of(profile)
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-    context = AutoConfig.from_pretrained(profile.base_path).max_position_embeddings
+    context = AutoConfig.from_pretrained(profile.base_path).get_text_config().max_position_embeddings
     if stories is None:
         asked = Conversations.of_profile(profile, size.conversations)
     else:
@@ -223,6 +223,7 @@ def evaluate_run(
     found += results.pop("conclusions")
     results |= {"temperature 1.0": plain.unasked, "conclusions": [dataclasses.asdict(c) for c in found]}
     results["conversations"] = {"from": asked.source, "first": len(asked.first), "deep": len(asked.deep)}
+    results["conversations"]["held out"] = stories is None
     write_json(run_dir / "behaviour.json", results)
     say(conclusions.render(found))
     return results
@@ -294,7 +295,11 @@ def _shuffled(run_dir: Path, profile: Profile, training_stories: str | Path | No
     """Train the control: the run's own recipe and stories, with the labels dealt out at random. Returns its folder."""
     labelled = trained_on(run_dir, profile, training_stories)
     target = run_dir / "controls" / "shuffled"
-    result = train(profile, shuffled_labels(labelled, profile.seed), target, shrink=True, skip_too_long=True)
+    facts = load_result(run_dir).facts
+    # In one process, so it adds up what several processes did at the same time: the same rows in a step.
+    profile = dataclasses.replace(profile, accumulation=profile.accumulation * facts.get("processes", 1))
+    labelled = shuffled_labels(labelled, profile.seed)
+    result = train(profile, labelled, target, shrink=True, skip_too_long=True, attention=facts.get("attention"))
     if not result.finished:  # training ends a Ctrl-C with a checkpoint; here there is more to be stopped
         raise KeyboardInterrupt(f"the control's training stopped after step {result.step} of {result.total_steps}")
     return target

@@ -39,6 +39,15 @@ from helpers.tokens import encode_prompt
 
 PREFILL_TOKENS = 32768  # prompt tokens read in one forward pass
 Progress = Callable[[int, int, float], None]  # replies done, replies in all, seconds left
+_RANGES = {
+    "temperature": "at least 0 (0: always the likeliest token; 1: the model's own distribution)",
+    "top_k": "a whole number of at least 0 (0 switches it off)",
+    "top_p": "above 0 and at most 1 (1 switches it off)",
+    "min_p": "from 0 to 1 (0 switches it off)",
+    "typical_p": "above 0 and at most 1 (1 switches it off)",
+    "repetition_penalty": "above 0 (1 switches it off)",
+    "max_new_tokens": "at least 1",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Sampling:
             "max_new_tokens": self.max_new_tokens >= 1,
         }.items():
             if not ok:
-                raise ValueError(f"{name}={getattr(self, name)}: out of range; leave it out to switch it off")
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: {_RANGES[name]}")
 
     def processors(self) -> list[LogitsProcessor]:
         chain: list[LogitsProcessor] = []
@@ -336,7 +345,7 @@ class _Rows:
 
     def __init__(self, tokenizer, prompts: Sequence[Prompt], sampling: Sampling, model):
         self.tokenizer, self.prompts, self.sampling = tokenizer, prompts, sampling
-        context = model.config.max_position_embeddings
+        context = model.config.get_text_config().max_position_embeddings
         self.room = [min(sampling.max_new_tokens, context - len(p.ids)) for p in prompts]
         if min(self.room) < 1:
             longest = max(len(p.ids) for p in prompts)

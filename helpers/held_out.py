@@ -39,7 +39,7 @@ def reply_classes(labelled: Sequence[Labelled]) -> list[list[str]]:
 
 
 class HeldOutLoss:
-    """Called with a model: mean cross-entropy (nats a token) over all reply tokens ("all") and by length class.
+    """Called with a model: mean cross-entropy (nats per token) over all reply tokens ("all") and by length class.
 
     Draws no random numbers and leaves the model in the mode in which it was. A class without a reply is left out. Stories
     beyond the context lose their first turns, as in training; one whose last reply alone is longer is left out (`left_out`

@@ -13,7 +13,17 @@ import yaml
 
 from helpers.lengths import rank
 from helpers.profiles import Profile
-from helpers.prompts import CLOSING, Lengths, Segment, chat_arguments, chat_messages, instruction, response_header, segments
+from helpers.prompts import (
+    CLOSING,
+    Lengths,
+    Segment,
+    chat_arguments,
+    chat_messages,
+    instruction,
+    response_header,
+    segments,
+    stop_strings_of,
+)
 from helpers.schema import Message, Pair, Story
 from helpers.tokens import IGNORED, Encoded, encode_all, encode_segments, start_ids
 
@@ -132,7 +142,7 @@ def ollama_modelfile(
     if system:
         lines.append(f'SYSTEM """{system.removeprefix("### Instruction:" + chr(10))}"""')
     # Ollama takes a text between quotes as it stands: \n would be two letters, while a line break and a " are themselves.
-    stops = ["\n### Input:", "\n### Response:", f"\n{user}:", *([end] if end else [])]
+    stops = [*stop_strings_of(user), *([end] if end else [])]
     return "\n".join([*lines, *(f'PARAMETER stop """{stop}"""' for stop in stops)]) + "\n"
 
 
@@ -227,8 +237,9 @@ def axolotl_config(profile: Profile, data: str = "stories-axolotl.jsonl") -> dic
         "datasets": [{"path": data, "ds_type": "json", "type": "input_output"}],
         "train_on_inputs": False,
         "sequence_len": profile.context,
-        "sample_packing": True,
-        "attn_implementation": "flash_attention_2",  # without it, packed stories see each other
+        # Packed stories see each other without FlashAttention, which needs bf16's generation of GPUs: a T4 cannot run it.
+        "sample_packing": profile.dtype != "float16",
+        "attn_implementation": "sdpa" if profile.dtype == "float16" else "flash_attention_2",
         "micro_batch_size": profile.micro_batch,
         "gradient_accumulation_steps": profile.accumulation,
         "num_epochs": profile.epochs,

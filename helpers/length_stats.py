@@ -71,10 +71,13 @@ def _members(groups: Sequence[Hashable] | None, count: int) -> list[np.ndarray]:
 
 
 def in_class(asked: Sequence[int], words: Sequence[int], within: int = 0) -> float:
-    """Share of replies whose class is at most `within` classes from the one asked for, all asked classes weighing the same."""
+    """Share of replies whose class is at most `within` classes from the one asked for, all asked classes weighing the same.
+
+    An empty reply is in no class: the shortest one begins with a word.
+    """
     hits: dict[int, list[bool]] = {}
     for a, w in zip(asked, words, strict=True):
-        hits.setdefault(a, []).append(abs(word_class(w) - a) <= within)
+        hits.setdefault(a, []).append(w > 0 and abs(word_class(w) - a) <= within)
     return float(np.mean([np.mean(h) for h in hits.values()]))
 
 
@@ -167,7 +170,9 @@ def kaplan_meier(values: Sequence[float], censored: Sequence[bool]) -> tuple[lis
 def censored_quantile(values: Sequence[float], censored: Sequence[bool], q: float) -> float | None:
     """Length that a share `q` of replies does not exceed, under Kaplan-Meier; None if too many were cut off to see one.
 
-    Without cuts it is the ordinary quantile, interpolated (for the median: the middle of the two middle values).
+    Without cuts it is the ordinary quantile, interpolated (for the median: the middle of the two middle values). Where exactly
+    that share is reached, the middle between this length and the next at which a reply ends; if none does, this length, the
+    least that it can be (as the first time at which the estimate is no more than 1 - q).
     """
     if not any(censored):
         return float(np.quantile(values, q))

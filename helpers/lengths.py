@@ -49,8 +49,15 @@ def count_words(text: str) -> int:
         return len(text.split())
     spaced = text
     for script, characters in _UNSPACED:
-        spaced = script.sub(lambda run, n=characters: " ".join("w" * math.ceil(len(run[0]) / n)), spaced)
+        spaced = script.sub(lambda run, n=characters: _in_words(run, n), spaced)
     return len(text.split()) if spaced == text else len(_WIDE_MARKS.sub(" ", spaced).split())
+
+
+def _in_words(run: re.Match, characters: int) -> str:
+    """A run of a script without spaces, as that many words; a word of another script beside it stands by itself."""
+    before, after = run.string[: run.start()][-1:], run.string[run.end() :][:1]
+    words = " ".join("w" * math.ceil(len(run[0]) / characters))
+    return " " * before.isalnum() + words + " " * after.isalnum()
 
 
 UNITS: dict[str, Callable[[str], int]] = {"words": count_words, "characters": len}
@@ -146,7 +153,7 @@ def word_range(name: str, bounds: Sequence[int] = BOUNDS) -> tuple[int, int | No
 def rank(name: str) -> int:
     """Position of a class in LENGTHS; a ValueError that lists the ten names for any other word."""
     if name not in LENGTHS:
-        raise ValueError(f"unknown length {name!r}: use one of {', '.join(LENGTHS)}, or None for no modifier")
+        raise ValueError(f"unknown length {name!r}: use one of {', '.join(LENGTHS)}, or none for no modifier")
     return LENGTHS.index(name)
 
 

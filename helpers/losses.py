@@ -78,7 +78,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | N
     """Cross-entropy of each token (N,) in nats, for evaluation."""
     size = _chunks(hidden, weight, chunk)
     pairs = zip(hidden.split(size), targets.split(size), strict=True)
-    parts = [F.cross_entropy((h @ weight.T).float(), y, reduction="none") for h, y in pairs]
+    parts = [F.cross_entropy((h.to(weight.dtype) @ weight.T).float(), y, reduction="none") for h, y in pairs]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -155,6 +155,8 @@ def plain_head(model: nn.Module) -> bool:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return False  # quantised, adapted, or trained itself
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        return False  # small logits, as those of a few tokens may be, do not show it
     ids = torch.arange(8, device=head.weight.device).unsqueeze(0) % head.weight.shape[0]
     with evaluation_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits

@@ -79,14 +79,26 @@ def on_the_hub(profile: Profile) -> bool:
     return not (ROOT / profile.base).is_dir() and profile.base.count("/") == 1 and not Path(profile.base).exists()
 
 
+GIVEN = "conversations of the author's own choice, which the training may have seen"
+
+
+def is_held_out(behaviour: dict[str, Any] | None) -> bool:
+    """Whether a run was measured on the course's own held-out conversations (also if its folder does not say)."""
+    return (behaviour or {}).get("conversations", {}).get("held out", True)
+
+
 def metadata(
     profile: Profile,
     tables: Sequence[LengthTable],
     datasets: Sequence[str] = (),
     license: str | None = None,
     language: str | None = "en",
+    held_out: bool = True,
 ):
-    """huggingface_hub.ModelCardData with the length metrics of the adapter's own tables as evaluation results."""
+    """huggingface_hub.ModelCardData with the length metrics of the adapter's own tables as evaluation results.
+
+    `held_out`: the conversations are those that no training saw; of others nobody knows.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
@@ -95,8 +107,8 @@ def metadata(
         shared = {
             "task_type": "text-generation",
             "task_name": "Length-controlled role-play",
-            "dataset_type": "held-out-conversations",
-            "dataset_name": f"{s['conversations']} held-out conversations, {place}",
+            "dataset_type": "held-out-conversations" if held_out else "conversations",
+            "dataset_name": f"{s['conversations']} {'held-out conversations' if held_out else GIVEN}, {place}",
             "dataset_args": {"reply": table.reply, **table.sampling},
         }
         for kind, name, key in (
@@ -128,8 +140,9 @@ def render(
     license: str | None = None,
     language: str | None = "en",
 ) -> str:
+    held_out = is_held_out(behaviour)
     parts = [
-        f"---\n{metadata(profile, tables, datasets, license, language).to_yaml()}\n---",
+        f"---\n{metadata(profile, tables, datasets, license, language, held_out).to_yaml()}\n---",
         f"# {profile.name} adapter: role-play chat with length control",
         f"A LoRA adapter for {base_in_words(profile)}, trained on multi-turn two-person chats in an extended Alpaca format. "
         "`### Response: (length = medium)` asks for a reply of that length; without it the model chooses.",
@@ -142,11 +155,13 @@ def render(
         + "```",
         "## Message length control\n\nLengths hold on average, not to the word. The classes were defined by words:\n\n"
         "| length | words |\n|---|---|\n" + "\n".join(f"| {n} | {_range(n)} |" for n in LENGTHS),
+        *([] if held_out or not tables else [f"Measured on {GIVEN}."]),
     ]
     for table in tables:
         parts.append(f"### Measured: {table.label}, reply {table.reply + 1}\n\n" + _markdown(table))
     if behaviour and behaviour.get("conclusions"):
-        lines = [f"| {c['claim']} | {c['measured']} | {c['goal']} | {answer(c['reached'])} |" for c in behaviour["conclusions"]]
+        cells = ((c["claim"], c["measured"], c["goal"], answer(c["reached"])) for c in behaviour["conclusions"])
+        lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
         head = "## What holds and what does not\n\n| claim | measured | goal | reached |\n|---|---|---|---|\n"
         parts.append(head + "\n".join(lines))
     settings = "\n".join(f"- {k}: {v}" for k, v in _hyperparameters(profile, facts))
@@ -155,10 +170,10 @@ def render(
     parts += [
         "## Training procedure\n\n### Training hyperparameters\n\n" + settings,
         *(["### bitsandbytes quantization config\n\n" + config] if config else []),
-        "### What was 4-bit\n\n| part | weights | in 4 bit | bits a weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts),
+        "### What was 4-bit\n\n| part | weights | in 4 bit | bits per weight | dtypes |\n|---|---|---|---|---|\n" + _audit(facts),
         "### Framework versions\n\n" + "\n".join(f"- {k} {v}" for k, v in facts["versions"].items()),
-        f"Trained on {facts['hardware']['name']} in {facts['seconds'] / 60:.1f} minutes, {facts['tokens_per_second']:,} tokens a "
-        "second.",
+        f"Trained on {facts['hardware']['name']} in {facts['seconds'] / 60:.1f} minutes, {facts['tokens_per_second']:,} tokens "
+        "per second.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -169,13 +184,13 @@ def measured_with(tables: Sequence[LengthTable]) -> Sampling:
 
 
 def usage(base: str, folder: str = "path/to/this/folder", sampling: Sampling = SAMPLERS["course"]) -> str:
-    """Five lines that chat, without this course."""
+    """A few lines that chat, without this course. The base is loaded in 16 bit, on whatever devices have room for it."""
     return (
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({_quoted(base)}), {_quoted(folder)})\n"
-        + _ask(sampling)
+        f'base = AutoModelForCausalLM.from_pretrained({_quoted(base)}, device_map="auto")\n'
+        f"model = PeftModel.from_pretrained(base, {_quoted(folder)})\n" + _ask(sampling)
     )
 
 
@@ -184,7 +199,7 @@ def usage_merged(folder: str = "path/to/merged", sampling: Sampling = SAMPLERS["
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_quoted(folder)})\n" + _ask(sampling)
+        f'model = AutoModelForCausalLM.from_pretrained({_quoted(folder)}, device_map="auto")\n' + _ask(sampling)
     )
 
 
@@ -198,7 +213,7 @@ def _ask(sampling: Sampling) -> str:
         'setting = {"char": "Ferro", "user": "Ana", "persona": "Ferro is a miller.", "user_persona": "Ana is a nurse.",\n'
         '           "scenario": "Ana visits the mill.", "length": "short"}\n'
         'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Is anyone there?"}], add_generation_prompt=True,\n'
-        '                                       return_tensors="pt", return_dict=True, **setting)\n'
+        '                                       return_tensors="pt", return_dict=True, **setting).to(model.device)\n'
         f"reply = model.generate(**prompt, {_settings(sampling)})[0]\n"
         'print(tokenizer.decode(reply[prompt["input_ids"].shape[1]:], skip_special_tokens=True).strip())\n'
     )
@@ -218,12 +233,14 @@ def _settings(sampling: Sampling) -> str:
 
 def _hyperparameters(profile: Profile, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     micro, steps = facts.get("micro_batch", profile.micro_batch), facts.get("accumulation", profile.accumulation)
+    processes = facts.get("processes", 1)
     args = arguments(profile, Path("of this run"))  # as the trainer got them; nothing is written there
     return [
         ("learning_rate", profile.learning_rate),
         ("train_batch_size", f"{micro} rows of {profile.context} tokens, packed"),
         ("gradient_accumulation_steps", steps),
-        ("total_train_batch_size", micro * steps),
+        *([("processes", processes)] if processes > 1 else []),
+        ("total_train_batch_size", micro * steps * processes),
         ("seed", profile.seed),
         ("optimizer", f"Adam with betas=({args.adam_beta1},{args.adam_beta2}) and epsilon={args.adam_epsilon}"),
         ("lr_scheduler_type", args.lr_scheduler_type.value),

@@ -166,7 +166,11 @@ def plot_class_shares(shares: dict[str, Sequence[float]], names: Sequence[str]) 
     axes.grid(False, axis="x")
     axes.set_ylim(0, 100 * 1.22 * max(map(max, shares.values())))
     axes.legend(loc="upper right", ncols=1 + len(shares), frameon=False)
-    return finish(figure, f"Bars: percent of replies in each of the classes {', '.join(names)}. Data sets: {'; '.join(shares)}.")
+    said = []
+    for label, values in shares.items():
+        (least, rarest), (most, commonest) = (pick(zip(values, names, strict=True)) for pick in (min, max))
+        said.append(f"{label}: from {least:.0%} ({rarest}) to {most:.0%} ({commonest})")
+    return finish(figure, f"Share of the replies in each of {len(names)} length classes. {'; '.join(said)}.")
 
 
 def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int]) -> Figure:
@@ -184,14 +188,16 @@ def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int])
         ylim=(-0.6, len(tokens) - 0.4),
         xlabel="tokens in a story (log scale); dashed: contexts. Height within a band means nothing",
     )
-    axes.set(title="Stories against the context: what stands right of a line is cut there")
+    axes.set(title="Stories against the context: what stands right of a line does not fit into it")
     axes.set_yticks(range(len(tokens)), list(tokens))
     axes.set_xticks([128, 256, 512, 1024, 2048, 4096, 8192], ["128", "256", "512", "1,024", "2,048", "4,096", "8,192"])
     axes.set_xticks([], minor=True)
     axes.grid(False, axis="y")
-    return finish(
-        figure, f"Tokens per story for {' and '.join(tokens)}, with lines at contexts of {', '.join(map(str, contexts))} tokens."
+    longer = (
+        f"{label}: " + ", ".join(f"{sum(n > c for n in counts) / len(counts):.0%} beyond {c:,}" for c in contexts)
+        for label, counts in tokens.items()
     )
+    return finish(figure, f"Tokens per story against the contexts. {'; '.join(longer)}.")
 
 
 def plot_prompt(pieces: Sequence, width: int = 128, lines: int = 3) -> Figure:
@@ -216,7 +222,9 @@ def plot_prompt(pieces: Sequence, width: int = 128, lines: int = 3) -> Figure:
     axes.set(xlim=(0, 1), ylim=(top, 0), title="One story as the model meets it.  Hatched: the loss falls on these tokens")
     axes.axis("off")
     trained = sum(piece.trained for piece in pieces)
-    return finish(figure, f"A prompt in {len(pieces)} pieces; {trained} of them, the replies of the character, are trained.")
+    return finish(
+        figure, f"A prompt in {len(pieces)} pieces. Trained: {trained}, the replies of the character; all others are read."
+    )
 
 
 def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], context: int | None = None) -> Figure:
@@ -241,7 +249,8 @@ def plot_loss_masks(masks: dict[str, tuple[Sequence[bool], Sequence[int]]], cont
     axes.set(ylim=(len(masks) - 0.4, -0.6), xlim=(0, None), xlabel="token position in the sample")
     axes.set(title="Hatched: tokens with loss.  Grey: tokens without.  Triangles: end of sequence")
     axes.grid(False)
-    return finish(figure, f"Strips that mark the trained tokens of the same story. Strips: {'; '.join(masks)}.")
+    counts = (f"{name}: {sum(trained)} of {len(trained)} tokens, {len(ends)} ends" for name, (trained, ends) in masks.items())
+    return finish(figure, f"Strips that mark the tokens with loss, and the end-of-sequence tokens. {'; '.join(counts)}.")
 
 
 def plot_packed_rows(rows: Sequence[Sequence[int]], context: int, names: Sequence[Sequence[str]]) -> Figure:
@@ -278,7 +287,9 @@ def plot_attention_blocks(position_ids: Sequence[int]) -> Figure:
     top.plot(range(n), position_ids, "o-", color=BLUE, ms=4, lw=1)
     top.set(ylabel="position", title="Positions restart with each story …")
     bottom.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
-    bottom.set(xlabel="token that is looked at", ylabel="token that looks", title="… so attention stays inside it")
+    bottom.set(
+        xlabel="token that is looked at", ylabel="token that looks", title="… so attention stays inside it (blue: may look at)"
+    )
     for d in range(current + 1):
         first, last = documents.index(d), n - 1 - documents[::-1].index(d)
         side = dict(x=first - 0.8, ha="right") if first > n / 2 else dict(x=last + 0.8, ha="left")
@@ -329,7 +340,7 @@ def plot_moe_layer(logits: Sequence[float], top_k: int = 2) -> Figure:
             _arrow(axes, (0.46, 0.5), (0.494, y))
             _arrow(axes, (0.806, y), (0.87, 0.5))
             axes.text(0.845, y, f"× {weights[e]:.2f}", fontsize=9, va="center")
-    for x, title, what in ((0.22, "z-loss", f"logsumexp² = {z:.1f}"), (0.40, "balancing loss", "even over tokens?")):
+    for x, title, what in ((0.22, "z-loss", f"logsumexp² = {z:.1f}"), (0.40, "balancing loss", "all experts used?")):
         _box(axes, x, 0.1, f"{title}\n{what}", 0.165, 0.16, edgecolor=RED, ls="--")
         _arrow(axes, (x, 0.42), (x, 0.18), color=RED, ls="--")
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.02), title="A Mixture-of-Experts layer, and the two losses on its router (dashed)")
@@ -375,7 +386,7 @@ def plot_saturation(scales: Sequence[float], top: Sequence[float], entropy: Sequ
     axes.plot(scales, slope, "^:", color=GREEN, ms=5, label="largest derivative dp/dx")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(scales), [f"{s:g}" for s in scales])
-    axes.set(xlabel="the same eight logits, multiplied by …", ylabel="value", ylim=(-0.05, None))
+    axes.set(xlabel="the same eight logits, multiplied by …", ylabel="probability, slope; entropy in nats", ylim=(-0.05, None))
     axes.set(title="Large logits saturate the softmax")
     axes.legend()
     return finish(figure, "As logits grow, the largest probability goes to 1, the entropy and the derivative to 0.")
@@ -424,7 +435,9 @@ def plot_router_runs(runs: dict[str, dict[str, Sequence[dict[str, float]]]], qua
         axes.set_xlabel("step")
         axes.locator_params(axis="x", nbins=4)
     grid[0][0].legend(fontsize=8)
-    return finish(figure, f"By training step: {', '.join(quantities.values())}. Rows: {'; '.join(runs)}. One line per run.")
+    key, title = next(iter(quantities.items()))
+    ends = (f"{group}, {name} {rows[-1][key]:.2f}" for group, members in runs.items() for name, rows in members.items())
+    return finish(figure, f"By training step: {', '.join(quantities.values())}. The {title} ends at: {'; '.join(ends)}.")
 
 
 def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
@@ -445,7 +458,9 @@ def plot_expert_load(loads: dict[str, Sequence[Sequence[float]]]) -> Figure:
     figure.colorbar(image, ax=list(row[0]), label="share of assignments", format=lambda v, _: f"{v:.0%}")
     return finish(
         figure,
-        f"Share of assignments of {experts} experts in {layers} layers: {'; '.join(tables)}. Balance is {1 / experts:.1%}.",
+        f"Share of assignments of {experts} experts in {layers} layers, where balance is {1 / experts:.1%}. Busiest expert: "
+        + "; ".join(f"{title} {max(v for layer in table for v in layer):.0%}" for title, table in tables.items())
+        + ".",
     )
 
 
@@ -470,4 +485,8 @@ def plot_expert_boxes(layouts: dict[str, Sequence[tuple[int, int, int]]]) -> Fig
     row[0].set(ylabel="row")
     row[0].invert_yaxis()
     row[0].legend(loc="lower left", fontsize=8)
-    return finish(figure, f"Rows that the experts compute, one box per expert down the diagonal. Layouts: {'; '.join(layouts)}.")
+    sums = (
+        f"{title}: {sum(used + padding for used, padding, _ in boxes)} rows, {sum(lost for *_, lost in boxes)} dropped"
+        for title, boxes in layouts.items()
+    )
+    return finish(figure, f"Rows that the experts compute, one box per expert down the diagonal. {'; '.join(sums)}.")

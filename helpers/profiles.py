@@ -88,7 +88,7 @@ def _finite(value: float, above: bool = False) -> bool:
 
 
 FEW = (
-    "the sample stories make one or two dozen steps of this size, a good part of them warm-up: enough to see all of it run. "
+    "the sample stories make about a dozen steps of this size, ten of them warm-up: enough to see all of it run. "
     "For a model that has learned something, bring your own stories"
 )
 _CARD = Profile(
@@ -130,7 +130,7 @@ PROFILES: dict[str, Profile] = {
                 "a 2 M parameter Mixtral that ships with the course: real layers, real NF4, minutes on two CPU cores",
                 "fp32: bf16 products are emulated on most CPUs and slower",
                 "learning rate 4e-3 and alpha 2r: a small model learns a new skill in hundreds of steps, not thousands",
-                "one row of 1,024 tokens a step: it finds what a modifier means by many small steps rather than few large ones",
+                "one row of 1,024 tokens per step: it finds what a modifier means by many small steps rather than few large ones",
                 "router frozen: the z-loss then acts through the hidden states alone "
                 "(notebook 3 compares it with LoRA on the router)",
                 "trained on generated stories: the sample stories are too few for a model that starts from nothing",
@@ -150,7 +150,7 @@ PROFILES: dict[str, Profile] = {
             reasons=(
                 "OLMoE-1B-7B: 64 experts top-8, fits 15 GiB in 4 bit with room to train",
                 "fp16: compute capability 7.5 has no bf16",
-                "2k context with 40 accumulation steps: the card's 81,920 tokens a step in small bites",
+                "2k context with 40 accumulation steps: the card's 81,920 tokens per step in small bites",
                 "stories beyond the context are split, each part with its instruction block: no reply is lost",
                 FEW,
             ),
@@ -168,7 +168,7 @@ PROFILES: dict[str, Profile] = {
             long_stories="split",
             reasons=(
                 "OLMoE's whole 4k context",
-                "2 x 10 rows of 4k: the card's 81,920 tokens a step",
+                "2 x 10 rows of 4k: the card's 81,920 tokens per step",
                 "stories beyond the context are split, each part with its instruction block: no reply is lost",
                 FEW,
             ),
@@ -179,7 +179,7 @@ PROFILES: dict[str, Profile] = {
             memory_gib=37,
             micro_batch=1,
             accumulation=8,
-            reasons=("the card's recipe with micro-batch 1 x accumulation 8: the same 81,920 tokens a step in 40 GB", FEW),
+            reasons=("the card's recipe with micro-batch 1 x accumulation 8: the same 81,920 tokens per step in 40 GB", FEW),
         ),
         _CARD,
     )

@@ -130,7 +130,12 @@ def generation_prompt(story: Story, length: str | None = None, history: Lengths 
 
 def stop_strings(story: Story) -> list[str]:
     """Text at which a reply is over: a new block, or a line in which the model begins to speak for the user."""
-    return ["\n### Input:", "\n### Response:", "\n### Instruction:", f"\n{story.names.user}:"]
+    return stop_strings_of(story.names.user)
+
+
+def stop_strings_of(user: str) -> list[str]:
+    """`stop_strings` for a user's name."""
+    return ["\n### Input:", "\n### Response:", "\n### Instruction:", f"\n{user}:"]
 
 
 # ---------------------------------------------------------------------------------------------------- chat template
@@ -181,13 +186,21 @@ _TEMPLATE = r"""
 {%- endif -%}
 {%- endfor -%}
 {{- bos_token if bos_token else '' -}}
-{%- if scenario is defined and scenario -%}
+{%- set whole = scenario is defined and scenario -%}
+{%- if whole -%}
+{%- if not (persona is defined and persona and user_persona is defined and user_persona) -%}
+{{- raise_exception('beside scenario, persona and user_persona are needed') -}}
+{%- endif -%}
 {{- '### Instruction:\n' + char + "'s Persona: " + safe(persona | trim, true, false) + '\n\n' -}}
 {{- user + "'s Persona: " + safe(user_persona | trim, true, false) + '\n\nScenario: ' -}}
 {{- safe(scenario | trim, true, false) + '\n\n@CLOSING@' -}}
 {%- endif -%}
 {%- for message in messages -%}
+{%- if message['content'] is not string -%}{{- raise_exception('the content of a message must be a string') -}}{%- endif -%}
 {%- if message['role'] == 'system' -%}
+{%- if whole or not loop.first -%}
+{{- raise_exception('a system message can only be the first message, and not stand beside scenario') -}}
+{%- endif -%}
 {{- '### Instruction:\n' + safe(message['content'] | trim, false, true) -}}
 {%- elif message['role'] == 'user' -%}
 {{- '\n\n### Input:\n' + user + ': ' + safe(message['content'] | trim, false, false) -}}
@@ -204,6 +217,7 @@ _TEMPLATE = r"""
 
 def chat_template(closing: str = CLOSING) -> str:
     """The format as a Jinja chat template for transformers, byte-identical to `generation_prompt`."""
+    closing = closing.replace("\\", "\\\\").replace("'", "\\'")
     said = closing.replace("{char}", "' + char + '").replace("{user}", "' + user + '")
     values = {
         "@BLANKS@": BLANKS.encode("unicode_escape").decode(),

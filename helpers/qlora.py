@@ -32,7 +32,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from helpers import experts
+from helpers import experts, nf4
 from helpers.quantization import router_modules
 
 DROPOUT_FILE = "training_dropout.json"
@@ -60,7 +60,7 @@ class ParamWrapper(StockParamWrapper):  # PEFT recognises nested wrappers by thi
 
     def _get_in_out_features(self, module):
         param = self.get_param()
-        shape = experts.stack_shape(param)  # a packed parameter's own shape is (bytes, 1)
+        shape = nf4.stack_shape(param)  # a packed parameter's own shape is (bytes, 1)
         self._param_ndim = len(shape)
         if len(shape) == 3:
             self.num_experts = shape[0]
@@ -291,7 +291,7 @@ def check_adapters(model: PeftModel, config: LoraConfig) -> None:
 
 
 def adapter_norms(model: nn.Module) -> dict[str, float]:
-    """Root mean square of every LoRA tensor, as `<module or parameter>.lora_A|B`: which parts have learned.
+    """Root mean square of the active adapter's LoRA tensors, as `<module or parameter>.lora_A|B`: which parts have learned.
 
     The mean, because a plain norm grows with the tensor: that of a stack of experts would dwarf every other.
     """
@@ -303,7 +303,8 @@ def adapter_norms(model: nn.Module) -> dict[str, float]:
         if isinstance(module, StockParamWrapper):
             name += f".{module.parameter_name}"
         for kind in ("lora_A", "lora_B"):
-            for adapter in getattr(module, kind).values():
+            of = getattr(module, kind)
+            for adapter in (of[a] for a in module.active_adapters if a in of):
                 norms[f"{name}.{kind}"] = adapter.weight.detach().float().square().mean().sqrt().item()
     return norms
 
@@ -367,6 +368,11 @@ def _trained(model: PeftModel) -> tuple[Deltas, dict[str, nn.Module]]:
     return deltas, copies
 
 
+def active_factors(model: PeftModel) -> list[experts.Factors]:
+    """A (E, r, in) and B (E, out, r) of every adapter that is active, as views; E is 1 for a linear layer. As `merge` refuses."""
+    return [factors for of_one in _trained(model)[0].values() for factors in of_one]
+
+
 def _factors(name: str, module: LoraLayer, adapter: str) -> experts.Factors:
     kinds = {kind for kind in module.adapter_layer_names if adapter in getattr(module, kind)}
     if isinstance(module, StockParamWrapper) and not isinstance(module, ParamWrapper):
@@ -419,9 +425,9 @@ def _merged(weight: torch.Tensor, factors: list[experts.Factors]) -> Iterator[to
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32  # not that of the run, which would round before anything is added
         matrices = iter([bnbf.dequantize_4bit(weight.data, state)])
-    elif len(experts.stack_shape(weight)) == 3:
-        unpack = experts.Unpacker(weight, torch.float32)
-        matrices = (unpack(e) for e in range(experts.stack_shape(weight)[0]))
+    elif len(nf4.stack_shape(weight)) == 3:
+        unpack = nf4.Unpacker(weight, torch.float32)
+        matrices = (unpack(e) for e in range(nf4.stack_shape(weight)[0]))
     else:
         matrices = iter([weight.detach().float()])
     for e, matrix in enumerate(matrices):
@@ -488,10 +494,10 @@ def merge_4bit(model: PeftModel) -> tuple[PreTrainedModel, list[dict]]:
     for name, factors in deltas.items():
         old = parameters[name]
         if not isinstance(old, Params4bit):
-            new = nn.Parameter(next(_merged(old, factors)).view_as(old).to(old.dtype), requires_grad=False)
+            new = nn.Parameter(merged_value(old, old, factors), requires_grad=False)
         else:
             shape = old.quant_state.shape
-            new = experts.pack(_merged(old, factors), (1, *shape)[-3:], old.quant_state.nested)
+            new = nf4.pack(_merged(old, factors), (1, *shape)[-3:], old.quant_state.nested)
             new.quant_state.shape, new.quant_state.dtype = shape, old.quant_state.dtype
         total = dict.fromkeys(("w", "d", "error", "along"), 0.0)
         for was, wanted, stored in zip(_merged(old, []), _merged(old, factors), _merged(new, []), strict=True):

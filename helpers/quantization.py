@@ -25,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from helpers import checkpoints, experts
+from helpers import checkpoints, experts, nf4
 
 METHOD = "nf4_moe"
 NO_EXPERTS = "no experts found: this is not a Mixture-of-Experts model behind transformers' experts interface"
@@ -67,7 +67,7 @@ class _QuantizeStacks(Bnb4bitQuantize):
                 value = value[0] if isinstance(value, list) else value
                 config = self.hf_quantizer.quantization_config
                 packed = isinstance(value, Params4bit)
-                result[name] = value if packed else experts.quantize_stack(value, config.bnb_4bit_use_double_quant)
+                result[name] = value if packed else nf4.quantize_stack(value, config.bnb_4bit_use_double_quant)
                 module._is_hf_initialized = True
             else:
                 result |= super().convert({name: value}, model=model, full_layer_name=full_layer_name, **kwargs)
@@ -97,7 +97,7 @@ class _MergeExperts(ConversionOps):
                     tensors[e] = None
                 yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        return {target_patterns[0]: experts.pack(matrices(), shape, self.double_quant)}
+        return {target_patterns[0]: nf4.pack(matrices(), shape, self.double_quant)}
 
 
 class _ReadStacks(ConversionOps):
@@ -151,7 +151,7 @@ class Nf4MoeQuantizer(Bnb4BitHfQuantizer):
         return _QuantizeStacks(self)
 
     def update_weight_conversions(self, weight_conversions, *model):  # transformers 5.15 does not pass the model
-        """Converters that stack one matrix an expert pack it instead. Other layouts (transposed, split) stay as they are."""
+        """Converters that stack one matrix per expert pack it instead. Other layouts (transposed, split) stay as they are."""
         for converter in weight_conversions:
             steps = [(type(op), getattr(op, "dim", None)) for op in getattr(converter, "operations", [])]
             stack = any(converter.target_patterns[0].endswith(f"experts.{name}") for name in experts.STACKS)
@@ -195,6 +195,7 @@ def load_4bit(
     the audit finds experts that are not 4-bit.
     """
     hub = {k: v for k, v in kwargs.items() if k in checkpoints.HUB_OPTIONS}
+    checkpoints.check_place(path_or_id)
     config = AutoConfig.from_pretrained(path_or_id, **hub)
     saved = getattr(config, "quantization_config", None)
     saved = saved if saved is None or isinstance(saved, dict) else saved.to_dict()
@@ -280,7 +281,7 @@ def random_4bit(
         for name, param in list(model.named_parameters()):
             module, leaf = get_module_from_name(model, name)
             if quantizer.param_needs_quantization(model, name):
-                value = experts.random_packed(param.shape, std, dtype, generator, double_quant, device)
+                value = nf4.random_packed(param.shape, std, dtype, generator, double_quant, device)
                 if isinstance(module, Linear4bit):
                     value.module, module.quant_state = module, value.quant_state
                 value._is_hf_initialized = True  # transformers' initialisation leaves it alone
@@ -322,7 +323,7 @@ class Audit:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One row a part and a total: part, weights, share in 4 bit, bits a weight, MiB, dtypes."""
+        """One row a part and a total: part, weights, share in 4 bit, bits per weight, MiB, dtypes."""
         total = Part()
         rows = []
         for name, part in [*self.parts.items(), ("all", total)]:
@@ -333,8 +334,8 @@ class Audit:
                 {
                     "part": name,
                     "weights": part.weights,
-                    "4-bit": part.four_bit / part.weights,
-                    "bits/weight": 8 * part.bytes / part.weights,
+                    "4-bit": part.four_bit / max(1, part.weights),
+                    "bits/weight": 8 * part.bytes / max(1, part.weights),
                     "MiB": part.bytes / 2**20,
                     "dtypes": ", ".join(sorted(part.dtypes)),
                 }

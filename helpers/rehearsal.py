@@ -32,6 +32,7 @@ from helpers.profiles import Profile
 from helpers.router_losses import attach_router_losses
 
 ATTENTION = "rehearsal"
+CARD_TOKENS = 25.5e6  # three epochs of about 8.5 million, by the size of its data; the card does not say
 
 # Of NVIDIA's data sheets: FLOP/s of dense 16-bit matrix products, and bytes/s of the memory.
 SPEEDS = {

@@ -15,10 +15,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from helpers.checkpoints import identity
@@ -29,6 +32,25 @@ from helpers.run_log import Log, read_json, read_log, write_json
 MARK, PROGRESS = "complete.json", "progress.json"
 DELETED = "deleted-"
 NOT_COMPARED = ("reasons", "memory_gib", "save_steps")  # of a profile: they may change while a run rests
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Nobody else trains into the folder meanwhile: ValueError if somebody does. A process that dies gives it free.
+
+    Some file systems have no locks (Google Drive's, mounted): there nothing is watched.
+    """
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another training is writing into {run_dir}: let it end, or use another output folder") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def settings(profile: Profile, corpus: Corpus | None = None, processes: int | None = None) -> dict[str, Any]:
@@ -51,7 +73,7 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         changed.append("the stories, their labels or the tokenizer")
     before, here = found.get("processes"), wanted.get("processes")  # runs of older versions do not say
     if before and here and before != here:
-        changed.append(f"{before} processes then, {here} now, and so other rows a step; start as many again")
+        changed.append(f"{before} processes then, {here} now, and so other rows per step; start as many again")
     return "; ".join(changed)
 
 

@@ -17,11 +17,12 @@ loss, all of which silently drop the usual auxiliary loss.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ def _weights(mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     return valid / count.clamp_min(1.0), count
 
 
+def _check(reduction: str) -> None:
+    if reduction not in get_args(Reduction):  # anything else would be taken for one of the two: a factor of the layers' number
+        raise ValueError(f"reduction={reduction!r}: use one of {', '.join(get_args(Reduction))}")
+
+
 def _layers(router_logits: Logits, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     if not layers:
@@ -52,7 +58,8 @@ def _layers(router_logits: Logits, mask: Tensor | None) -> Iterator[tuple[Tensor
 
 def router_z_loss(router_logits: Logits, attention_mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     """z-loss, computed in fp32. attention_mask: any shape with T entries, 0 for padding, which is left out exactly (padding
-    alone gives 0). reduction: over layers, "mean" (the card's fork) or "sum" (Megatron)."""
+    alone gives 0). reduction: over layers, "mean" (the card's fork) or "sum" (Megatron); ValueError for another."""
+    _check(reduction)
     layers = _layers(router_logits, attention_mask)
     losses = torch.stack([(torch.logsumexp(x, -1).square() * w).sum() for x, w in layers])
     return losses.mean() if reduction == "mean" else losses.sum()
@@ -66,6 +73,7 @@ def load_balancing_loss(
     pooled: transformers' `load_balancing_loss_func` instead, for comparison. It pools the layers first, so that their
     imbalances can cancel, and is top_k times larger (2.0 at balance for Mixtral); for one layer, exactly top_k times.
     """
+    _check(reduction)
     if pooled and not isinstance(router_logits, Tensor):
         mask = None if attention_mask is None else attention_mask.reshape(-1).repeat(len(router_logits))
         return load_balancing_loss(torch.cat(list(router_logits)), top_k, mask, pooled=True)
@@ -121,7 +129,7 @@ class _Routing:
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Means over valid tokens (6 + E,) of _STATISTICS and choices; extremes (2,): max and -min."""
         x, lse, mean = self.x, self.lse, self.x.mean(0)
-        spread = ((x - mean).square().sum(0) / (x.shape[0] - 1)).sqrt()
+        spread = ((x - mean).square().sum(0) / max(1, x.shape[0] - 1)).sqrt()
         rows = torch.stack([lse.square(), lse, (self.p * (lse - x)).sum(0), mean, spread])  # (5, T)
         balance = (self.f * self.wp.sum(1)).sum(0, keepdim=True) * self.scale
         sides = torch.stack([self.max, -x.amin(0)]).masked_fill(self.w == 0, -torch.inf)
@@ -306,7 +314,7 @@ class RouterLosses:
         """The same, averaged over layers, as numbers (max and min: over all layers; max_load: 1.0 at balance)."""
         layers = self.layer_metrics()
         numbers = {f"router/{n}": float(v.mean()) for n, v in layers.items() if n not in ("tokens", "load", "max", "min")}
-        if layers:
+        if layers and layers["tokens"].any():  # of padding alone there is no largest logit
             numbers["router/max"], numbers["router/min"] = float(layers["max"].max()), float(layers["min"].min())
             numbers["router/max_load"] = float(layers["load"].max() * layers["load"].shape[1])
         return numbers
@@ -383,6 +391,10 @@ def attach_router_losses(
 
     A model has one handle: attaching again takes the one before off, with a warning, so that no loss counts twice.
     """
+    _check(reduction)
+    for name, value in {"z_coef": z_coef, "balance_coef": balance_coef}.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: a number of at least 0 is wanted")
     found = _routers(model)
     around = _around(model, found[-1][0])
     if any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around):

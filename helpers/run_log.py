@@ -214,5 +214,5 @@ def describe(rows: Sequence[Row]) -> str:
 
 
 def print_progress(rows: list[Row]) -> None:
-    """A progress function for terminals: one line a row."""
+    """A progress function for terminals: one line per row."""
     print(describe(rows), flush=True)

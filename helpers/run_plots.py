@@ -41,7 +41,7 @@ def plot_nf4(levels: Sequence[float], normal: Sequence[float], counts: Sequence[
 
 
 def plot_qlora_layer(table: Rows, experts: int = 8, shown: int = 4) -> Figure:
-    """What is trained and what is frozen in one layer; bits a weight by part from an audit table (`Audit.table`)."""
+    """What is trained and what is frozen in one layer; bits per weight by part from an audit table (`Audit.table`)."""
     figure, (left, right) = new_figure(10, 3.4, columns=2, width_ratios=(1.5, 1))
     bits = {row["part"]: row["bits/weight"] for row in table if row["part"] != "all"}
     packed = {row["part"]: row["4-bit"] > 0.99 for row in table}
@@ -62,9 +62,11 @@ def plot_qlora_layer(table: Rows, experts: int = 8, shown: int = 4) -> Figure:
     for i in range(shown):
         weight(0.25 * i, 0.16, 0.15, f"expert {i if i < shown - 1 else experts - 1}", "experts")
         lora(0.25 * i + 0.16, 0.16)
-    left.text(0.25 * shown - 0.29, 0.02, f"… {experts} experts a layer", fontsize=8)
+    left.text(0.25 * (shown - 1) - 0.05, 0.23, "…", fontsize=11)
     left.add_patch(Rectangle((0.0, 0.0), 0.012, 0.08, facecolor=RED))
     left.text(0.03, 0.02, "LoRA factors A and B: trained", fontsize=8)
+    left.add_patch(Rectangle((0.4, 0.0), 0.03, 0.08, facecolor=SKY))
+    left.text(0.44, 0.02, "plain: not quantised", fontsize=8)
     left.set(xlim=(-0.01, 1), ylim=(0, 1.0), title="One layer.  Hatched: frozen, NF4")
     left.axis("off")
     parts = list(bits)
@@ -72,12 +74,12 @@ def plot_qlora_layer(table: Rows, experts: int = 8, shown: int = 4) -> Figure:
         hatch = "//" if packed[part] else ""
         right.barh(y, bits[part], color=RED if part == "adapters" else SKY, hatch=hatch, edgecolor="white")
         right.text(bits[part], y, f" {bits[part]:.1f}", va="center", fontsize=8)
-    right.set(yticks=range(len(parts)), yticklabels=parts, xlabel="bits a weight (hatched: 4 bit)", title="In the recorded run")
+    right.set(yticks=range(len(parts)), yticklabels=parts, xlabel="bits per weight (hatched: 4 bit)", title="In the recorded run")
     right.invert_yaxis()
     right.margins(x=0.15)
     right.grid(False, axis="y")
     said = ", ".join(f"{part} {value:.1f}" for part, value in bits.items())
-    return finish(figure, f"Frozen 4-bit attention and experts with trained LoRA factors beside them; bits a weight: {said}.")
+    return finish(figure, f"Frozen 4-bit attention and experts with trained LoRA factors beside them; bits per weight: {said}.")
 
 
 def plot_audit(tables: dict[str, Rows]) -> Figure:
@@ -112,7 +114,10 @@ def plot_audit(tables: dict[str, Rows]) -> Figure:
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
     axes.legend(fontsize=8, ncols=3, loc="lower right")
-    return finish(figure, "Bytes of weights by part for " + ", ".join(tables))
+    sizes = (f"{name}: {sum(r['MiB'] for r in t if r['part'] != 'all'):.2f} MiB of weights" for name, t in tables.items())
+    experts = (next((r for r in t if r["part"] == "experts"), None) for t in tables.values())
+    held = (f", {r['MiB']:.2f} of them experts ({r['4-bit']:.0%} in 4 bit)" if r else "" for r in experts)
+    return finish(figure, "; ".join(a + b for a, b in zip(sizes, held, strict=True)) + ".")
 
 
 # -------------------------------------------------------------------------------------------- training (notebook 04)
@@ -124,29 +129,33 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     figure, grid = new_figure(11, 5.8, rows=2, columns=3)
     loss, rate, router, load, over_time, machine = grid.flat
     loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3, label="training")
+    if len(rows) > 10:  # the first row is one step on few stories: far off, it would press all others together
+        later = [r["loss"] for r in rows[1:]] + [r["held_out"]["all"] for r in rows if "held_out" in r]
+        room = 0.15 * (max(later) - min(later)) + 1e-6
+        loss.set_ylim(min(later) - room, max(later) + room)
     if held := [r for r in rows if "held_out" in r]:
         loss.plot(
             [r["step"] for r in held], [r["held_out"]["all"] for r in held], color=ORANGE, marker="D", ls="--", label="held out"
         )
         loss.legend(fontsize=8)
-    loss.set(ylabel="nats a token", title=f"loss on the character's replies {title}")
+    loss.set(ylabel="nats per token", title=f"loss on the character's replies {title}")
     rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
     _beside(rate, steps, [r["learning_rate"] for r in rows], GREEN, "learning rate (right)")
     rate.set(ylabel="gradient norm", title="gradient norm and learning rate")
     router.plot(steps, [r["router/z"] for r in rows], color=RED, marker="^", ms=3, label="z-loss: mean logsumexp²")
     router.plot(steps, [r["router/entropy"] for r in rows], color=PURPLE, ls="-.", label="router entropy (nats)")
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
-    router.set(title="routers", ylim=(0, 1.4 * router.get_ylim()[1]))
+    router.set(ylabel="value of each", title="routers", ylim=(0, 1.4 * router.get_ylim()[1]))
     router.legend(fontsize=8, loc="upper right")
-    _heat(figure, load, rows[-1]["load"], f"share of tokens by expert, step {steps[-1]}", "expert", "layer")
+    _heat(figure, load, rows[-1]["load"], f"share of the assignments, step {steps[-1]}", "expert", "layer")
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
     _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "step", "layer")
     for axes in grid.flat:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     # One column a row of the log, however many steps lie between two of them.
     over_time.xaxis.set_major_formatter(lambda at, _: f"{steps[round(at)]}" if 0 <= round(at) < len(steps) else "")
-    machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens a second")
-    machine.set(xlabel="step", title="speed and memory", ylim=(0, None))
+    machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens per second")
+    machine.set(xlabel="step", ylabel="tokens per second", title="speed and memory", ylim=(0, None))
     if all("memory_gib" in r for r in rows):
         _beside(machine, steps, [r["memory_gib"] for r in rows], RED, "memory, GiB (right)")
     text = f"Training run to step {steps[-1]}: loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
@@ -157,6 +166,7 @@ def _beside(axes, xs: Sequence[float], ys: Sequence[float], colour: str, label: 
     """A second curve with its own scale at the right, and one legend for both in the room above them."""
     twin = axes.twinx()
     twin.plot(xs, ys, color=colour, ls="--", label=label)
+    twin.set_ylabel(label.removesuffix(" (right)"))
     for scale in (axes, twin):
         scale.set_ylim(0, 1.4 * scale.get_ylim()[1])
     twin.grid(False)
@@ -225,7 +235,7 @@ def plot_router_pair(runs: dict[str, Rows]) -> Figure:
         steps = [r["step"] for r in rows]
         for axes, key in zip(grid.flat, ("router/z", "router/entropy", "loss"), strict=True):
             axes.plot(steps, [r[key] for r in rows], color=colour, marker=marker, ls=line, ms=4, label=name)
-    for axes, label in zip(grid.flat, ("z-loss: mean logsumexp²", "router entropy (nats)", "loss (nats a token)"), strict=True):
+    for axes, label in zip(grid.flat, ("z-loss: mean logsumexp²", "router entropy (nats)", "loss (nats per token)"), strict=True):
         axes.set(xlabel="step", title=label)
     grid.flat[0].legend(fontsize=8)
     last = "; ".join(f"{name}: z {rows[-1]['router/z']:.2f}, loss {rows[-1]['loss']:.3f}" for name, rows in runs.items())
@@ -241,7 +251,7 @@ def plot_held_out(first: dict[str, float], last: dict[str, float]) -> Figure:
         [x - 0.2 for x in places], [first[n] for n in names], 0.4, color=SKY, edgecolor=BLACK, hatch="..", label="before training"
     )
     axes.bar([x + 0.2 for x in places], [last[n] for n in names], 0.4, color=BLUE, edgecolor=BLACK, label="after training")
-    axes.set(xticks=list(places), ylabel="nats a token", title="loss on held-out replies by their length class")
+    axes.set(xticks=list(places), ylabel="nats per token", title="loss on held-out replies by their length class")
     axes.set_xticklabels(names, rotation=20)
     axes.legend(fontsize=8)
     return finish(
@@ -269,7 +279,10 @@ def plot_step_profile(profile: dict[str, Any]) -> Figure:
     memory_axes.margins(x=0.15)
     memory_axes.set(xlabel="MiB", title="memory that is held")
     largest = max(parts, key=lambda p: sum(parts[p].values()))
-    return finish(figure, f"Time of a training step by part, most of it in {largest}; memory by what holds it.")
+    share = sum(parts[largest].values()) / total
+    return finish(
+        figure, f"Time of a training step by part; the largest share, {share:.0%}, is that of {largest}. Memory by what holds it."
+    )
 
 
 def plot_adapter_norms(norms: dict[str, float]) -> Figure:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from helpers.lengths import count_words
+
 PLACEHOLDERS = {"<FIRST>": "character", "<SECOND>": "user"}
 Speaker = Literal["character", "user"]
 
@@ -183,4 +185,4 @@ def reply_table(stories: Sequence[Story]) -> Iterator[dict]:
     """One row a message: story, speaker, words. The table behind the dataset tour's figures."""
     for number, story in enumerate(stories):
         for turn, m in enumerate(story.messages):
-            yield {"story": number, "turn": turn, "speaker": m.speaker, "words": len(m.text.split())}
+            yield {"story": number, "turn": turn, "speaker": m.speaker, "words": count_words(m.text)}

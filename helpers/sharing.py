@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from transformers import AutoConfig, AutoTokenizer
+
+from helpers import adapters_convert
 from helpers.environment import host_memory_gib
 from helpers.experiment import finished
 from helpers.interchange import axolotl_yaml, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
@@ -53,6 +56,7 @@ def check_request(
     base_name: str | None = None,
     merged: str | Path | None = None,
     repo_id: str | None = None,
+    per_expert: str | Path | None = None,
 ) -> None:
     """Everything that can be wrong with what is asked for, before anything is written: ValueError or OSError."""
     result, profile = finished(run_dir)
@@ -62,11 +66,15 @@ def check_request(
     koboldcpp_adapter(char, user, length)
     if "ollama" in targets:
         ollama_modelfile(char, user, length)
-    shared_profile(profile, base_name)
+    profile = shared_profile(profile, base_name)
+    if Path(profile.base).is_absolute():
+        print(f"note: {profile.base} stands in the files as the base model; --base-name ORG/NAME puts its Hub id there")
     if merged is not None:
         _check_merge(result, Path(merged))
     if repo_id is not None:
         _check_repository(repo_id)
+    if per_expert is not None and Path(per_expert).exists():
+        raise FileExistsError(f"{per_expert} exists: write the adapter into another folder")
 
 
 def bundle(
@@ -172,6 +180,26 @@ def merge_run(
     return folder
 
 
+def export_per_expert(run_dir: str | Path, folder: str | Path) -> Path:
+    """The adapter in the layout of transformers 4, one LoRA per expert's layer, as vLLM and llama.cpp's converters read it.
+
+    With tokenizer and checksums. FileExistsError if there is such a folder; ValueError for an adapter without experts.
+    """
+    result, profile = finished(run_dir)
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: write the adapter into another folder")
+    kind = AutoConfig.from_pretrained(profile.base_path).model_type
+    naming = "mixtral" if kind in ("mixtral", "minimax") else "qwen"
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an interruption
+    adapters_convert.to_per_expert(result.adapter, unfinished, naming)
+    AutoTokenizer.from_pretrained(result.adapter).save_pretrained(unfinished)
+    checksums(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
 # ------------------------------------------------------------------------------------------------------------- upload
 
 
@@ -221,13 +249,18 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
     api = api or HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
-        api.create_commit(repo_id, operations, commit_message="Adapter, card and presets", repo_type="model")
+        # A repository that existed before keeps what it was, whatever was asked for.
+        exposed = private and not api.repo_info(repo_id, repo_type="model").private
+        if not exposed:
+            api.create_commit(repo_id, operations, commit_message="Adapter, card and presets", repo_type="model")
     except Exception as error:  # of the network, the Hub or the token: each library has classes of its own
         why = (str(error).splitlines() or [""])[0]
         raise OSError(
             f"the upload to {repo_id} failed, no commit was made ({type(error).__name__}: {why}): look at the network, the name "
             "and the token (`hf auth login`), then send again"
         ) from error
+    if exposed:
+        raise ValueError(f"{repo_id} exists and is public: nothing was sent; take another name, or private=False (--public)")
     return plan
 
 

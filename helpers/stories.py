@@ -58,7 +58,7 @@ from helpers.schema import (
 
 MAX_STORY_BYTES = 2_000_000  # a 10k-token story has about 50 kB
 MAX_DEPTH = 8  # a story has three levels
-YAML_SUFFIXES, LINES_SUFFIXES = (".yaml", ".yml"), (".jsonl", ".ndjson")
+YAML_SUFFIXES, LINES_SUFFIXES = (".yaml", ".yml", ".json"), (".jsonl", ".ndjson")  # JSON is YAML, too
 SCHEMA = "see the schema in data_samples/README.md"
 
 
@@ -78,7 +78,7 @@ class StoryErrors(StoryError):
 
 
 def load_stories(path: str | Path, problems: list[StoryError] | None = None) -> list[Story]:
-    """All stories of a `.yaml` or `.jsonl` file, or of a folder of such files (recursively, in name order, no hidden ones).
+    """All stories of a `.yaml`, `.json` or `.jsonl` file, or of a folder of such files (recursively, by name, no hidden ones).
 
     A bad story never stops the others. Without `problems`, StoryErrors lists all that is wrong once everything has been
     read (a StoryError, if it is one thing); with a list, each StoryError is appended to it and the good stories are returned.
@@ -108,8 +108,10 @@ def duplicates(stories: Iterable[Story]) -> list[str]:
     first: dict[Story, Story] = {}
     found = []
     for story in stories:
-        before = first.setdefault(story, story)
-        if before is not story:
+        before = first.get(story)
+        if before is None:
+            first[story] = story
+        else:
             found.append(f"{story.source or 'a story'} is word for word the story {before.source or 'before it'}")
     return found
 
@@ -137,7 +139,7 @@ def _read(path: Path) -> Iterator[Story | StoryError]:
             suffixes = YAML_SUFFIXES + LINES_SUFFIXES
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not _hidden(p, path) and p.is_file())
             if not files:
-                raise StoryError("no .yaml or .jsonl file in this folder", "point at a folder of stories", file=str(path))
+                raise StoryError("no .yaml, .json or .jsonl file in this folder", "point at a folder of stories", file=str(path))
         elif path.is_file():
             files = [path]
         else:
@@ -222,13 +224,14 @@ class Node:
     line: int | None
     value: str | list[Node] | list[tuple[Node, Node]] | None
     kind: str  # "text", "list", "mapping", "other"
+    comment: str = ""  # what stands behind a plain text as a comment
 
 
 def parse_story(text: str, source: str = "<text>") -> Story:
     """A story from YAML text (and so from JSON text)."""
     fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        root = _nodes(yaml.parse(text, Loader=fast), source)
+        root = _nodes(yaml.parse(text, Loader=fast), source, text)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, StoryError):
             raise
@@ -238,23 +241,39 @@ def parse_story(text: str, source: str = "<text>") -> Story:
 
 def _careful_nodes(text: str, source: str) -> Node | None:
     try:
-        return _nodes(yaml.parse(text, Loader=yaml.SafeLoader), source)
+        return _nodes(yaml.parse(text, Loader=yaml.SafeLoader), source, text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise StoryError(f"control character U+{ord(text[error.position]):04X}", "remove it", file=source, line=line) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+        if begun and "quoted scalar" in (getattr(error, "context", None) or ""):
+            mark = begun  # a quote that is never closed: where it opens, not where the file ends
         line = mark.line + 1 if mark else None
         what = getattr(error, "problem", None) or "not valid YAML"
-        raise StoryError(f"YAML: {what}", "correct the syntax", file=source, line=line) from None
+        todo = "put the text in quotes, or write it as a block (|-)" if _PLAIN.search(what) else "correct the syntax"
+        raise StoryError(f"YAML: {what}", todo, file=source, line=line) from None
     except (ValueError, OverflowError) as error:  # PyYAML lets these out for "\UFFFFFFFF" and a %YAML version of 5,000 digits
         if isinstance(error, StoryError):
             raise
         raise StoryError("YAML: a number is out of range", "look for \\U escapes and % lines", file=source) from None
 
 
-def _nodes(events: Iterable[yaml.Event], source: str) -> Node | None:
+_PLAIN = re.compile("mapping values are not allowed|found character .* that cannot start|alphabetic or numeric")
+_COMMENT = re.compile(r"[ \t]+#(.*)")
+
+
+def _joined(text: str) -> str:
+    """Characters beyond 16 bits as one: JSON may write them as two halves, which YAML leaves apart."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16") if not text.isascii() else text
+    except UnicodeDecodeError:  # half a one: it is refused as any other control character
+        return text
+
+
+def _nodes(events: Iterable[yaml.Event], source: str, text: str) -> Node | None:
     """The one document of an event stream, as nodes; None if there is none."""
+    lines = text.splitlines()
     stack: list[tuple[Node, list[Node]]] = []
     root: Node | None = None
     for event in events:
@@ -263,7 +282,10 @@ def _nodes(events: Iterable[yaml.Event], source: str) -> Node | None:
             raise StoryError("YAML aliases are not used in stories", "write the text out", file=source, line=line)
         if isinstance(event, yaml.ScalarEvent):
             known = event.tag in (None, "!", "tag:yaml.org,2002:str")
-            node = Node(line, event.value, "text" if known else "other")
+            node = Node(line, _joined(event.value), "text" if known else "other")
+            end = event.end_mark
+            if not event.style and end.line < len(lines) and (behind := _COMMENT.match(lines[end.line], end.column)):
+                node.comment = behind[0].strip()
         elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             if len(stack) == MAX_DEPTH:
                 raise StoryError("YAML is nested too deeply", "a story has three levels", file=source, line=line)
@@ -329,6 +351,7 @@ class _Reader:
     def __init__(self, source: str, line: int | None = None):
         self.source = source
         self.name = f"{source}:{line}" if line else source  # of the story: a file of lines holds many
+        self.comments: list[str] = []  # left out by YAML, perhaps against the writer's will
 
     def error(self, node: Node | None, field: str, problem: str, todo: str) -> StoryError:
         return StoryError(problem, todo, file=self.source, line=node.line if node else None, field=field)
@@ -347,6 +370,9 @@ class _Reader:
     def text(self, node: Node, field: str) -> str:
         if node.kind != "text":
             raise self.error(node, field, "expected text", "write a quoted string or a block (|-)")
+        if node.comment:
+            said = f"line {node.line}: {node.comment!r} is a YAML comment and was left out; quote the text to keep it"
+            self.comments.append(said)
         return node.value
 
     def pair(self, node: Node, field: str) -> tuple[Pair, dict[str, Node]]:
@@ -388,7 +414,7 @@ class _Reader:
         scenario = resolved(self.text(fields["scenario"], "scenario"), fields["scenario"], "scenario")
         messages, repairs = self.messages(fields["conversation"], resolved)
         try:
-            return Story(names, personas, scenario, tuple(messages), self.name, tuple(repairs))
+            return Story(names, personas, scenario, tuple(messages), self.name, (*repairs, *self.comments))
         except StoryError as error:
             raise self.error(fields["names"], error.field, error.problem, error.todo) from None
 

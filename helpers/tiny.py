@@ -75,7 +75,7 @@ def tiny_config(vocab_size: int, hidden: int = 128, layers: int = 4, intermediat
 
 
 def pretrain(tokenizer, steps: int, openings: int = 0, tokens_per_step: int = 2048, seed: int = 0, log=print, **config):
-    """A base model trained on generated stories, `tokens_per_step` tokens a step; returns (model, history).
+    """A base model trained on generated stories, `tokens_per_step` tokens per step; returns (model, history).
 
     First `steps` on a stream of stories, cut into pieces that grow from 256 to 1,024 tokens, which is quicker than long ones
     from the start. Then `openings` on short stories, a new one at the beginning of each piece: there, nothing but the persona
@@ -164,7 +164,7 @@ def _fit(model, batches, steps: int, lr: float, decay: float, log, first: int = 
 
 
 def validation_loss(model, tokenizer, stories: int = 32) -> float:
-    """Cross-entropy (nats a token) on stories that no training has seen."""
+    """Cross-entropy (nats per token) on stories that no training has seen."""
     import torch
 
     total, count = 0.0, 0

@@ -41,15 +41,15 @@ class Encoded:
         return len(self) - self.labels.count(IGNORED) if isinstance(self.labels, list) else int((self.labels != IGNORED).sum())
 
     def compact(self) -> Encoded:
-        """The same sample as int32 arrays: 8 bytes a token instead of some 44."""
+        """The same sample as int32 arrays: 8 bytes per token instead of some 44."""
         return Encoded(np.asarray(self.input_ids, np.int32), np.asarray(self.labels, np.int32), self.dropped_turns)
 
 
 def start_ids(tokenizer) -> list[int]:
-    """The ids that the tokenizer itself puts before a text: [BOS] for Mixtral, [] for OLMoE."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a").input_ids
-    return [bos] if bos is not None and ids and ids[0] == bos else []
+    """The ids that the tokenizer itself puts before a text: [BOS] for Mixtral, [] for OLMoE, two for GLM."""
+    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    begins = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(begins, 0)]
 
 
 def encode_segments(pieces: Sequence[Segment], tokenizer, loss: str = "replies", eos: str = "turn") -> Encoded:
@@ -73,12 +73,12 @@ def _encode_batch(
     begin = "".join(tokenizer.convert_ids_to_tokens(start))
     chunks: list[_Chunk] = []
     for number, pieces in enumerate(samples):
-        chunk = _Chunk(number, begin, [])
+        chunk = _Chunk(number, begin, len(start), [])
         for piece in pieces:
             chunk.pieces.append(piece)
             if eos == "turn" and piece.kind == "reply":
                 chunks.append(chunk)
-                chunk = _Chunk(number, tokenizer.eos_token, [])
+                chunk = _Chunk(number, tokenizer.eos_token, 1, [])
         if chunk.pieces:
             chunks.append(chunk)
     result = [Encoded([*start], [IGNORED] * len(start)) for _ in samples]
@@ -101,7 +101,8 @@ class _Chunk:
     """Text that is tokenised as one string: the segments from one special token to the next."""
 
     sample: int
-    after: str  # the special token in front; some tokenizers treat the beginning of a text otherwise than what follows a token
+    after: str  # the special tokens in front; some tokenizers treat the beginning of a text otherwise than what follows a token
+    skip: int  # how many these are
     pieces: list[Segment]
 
 
@@ -136,8 +137,7 @@ def _tokenised(
                     file=names[chunk.sample] if names else "",
                 )
         else:
-            skip = len(chunk.after) > 0  # one token, the special one
-            ids, labels = _labels(batch, row, int(skip), len(chunk.after), chunk.pieces, loss)
+            ids, labels = _labels(batch, row, chunk.skip, len(chunk.after), chunk.pieces, loss)
             row += 1
         yield chunk, ids, labels
 

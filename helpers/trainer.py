@@ -81,10 +81,12 @@ def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> Arguments
 
 
 class NumberedCollator(Collator):
-    """Rows with a `number` → a batch that knows which rows it holds ("rows", (B,))."""
+    """Rows with a `number` → a batch that knows which rows it holds ("rows", (B,)). Rows of no story are padding throughout."""
 
     def __call__(self, rows):
-        return {**super().__call__(rows), "rows": torch.tensor([r.get("number", -1) for r in rows])}
+        batch = super().__call__(rows)
+        batch["valid"][[r.get("stories") == [] for r in rows]] = False
+        return {**batch, "rows": torch.tensor([r.get("number", -1) for r in rows])}
 
 
 class CourseTrainer(Trainer):

@@ -6,6 +6,7 @@ it says of itself in `run_log`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -29,6 +30,7 @@ from helpers.environment import download_note, gpu_memory_gib, hardware, host_me
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.profiles import PROFILES, Profile
 from helpers.quantization import audit, load_4bit
+from helpers.resume import alone
 from helpers.router_losses import attach_router_losses
 from helpers.run_log import Log, Progress, memory_gib, print_progress, read_json, read_log, total_seconds, write_json
 from helpers.stories import Story
@@ -121,26 +123,44 @@ def train(
     already holds a run. `stop_after` ends with a checkpoint after that step, as an interruption would. `held_out`: what the
     evaluation loss in the log is measured on (None: the profile's; empty: nothing). `shrink`: when the GPU's memory does not
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
-    the same, so without dropout the trajectory does too, to rounding (one process only: of several, each would wait).
+    the same, so without dropout the trajectory does too, but for rounding and the balancing loss, which is a product of two
+    means of each micro-batch (one process only: of several, each would wait).
     `attention`: transformers' name of one, instead of what `choose_attention` finds. `log_every`: steps from one row of the log
     to the next (None: 10, or 1 in a run of up to 200 steps). `skip_too_long`: leave out stories of which nothing fits the
     context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and where it is.
 
-    ValueError for a folder with another run, other settings or damaged checkpoints; OSError if it cannot be written;
-    FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
+    ValueError for a folder with another run, or that another process writes into, other settings or damaged checkpoints;
+    OSError if it cannot be written; FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
     """
-    run = _Run.begin(profile, stories, Path(output_dir), resume, attention, skip_too_long, say or (lambda _text: None))
-    if isinstance(run, TrainingResult):
-        return run
-    while True:
-        try:
-            result = run.sitting(progress, log_every, stop_after, held_out, callbacks)
-        except torch.OutOfMemoryError as error:
-            problem = str(error)
-        else:
-            free()  # what comes next is often the same model once more
-            return result
-        run.out_of_memory(problem, shrink)  # here the failed sitting's tensors are no longer held by the exception
+    if isinstance(profile, str):
+        raise TypeError(f"profile {profile!r} is a name: give PROFILES[{profile!r}] of helpers.profiles")
+    if isinstance(stories, (str, Path)):
+        raise TypeError(f"stories {str(stories)!r} is a path: give load_stories({str(stories)!r}) of helpers.stories")
+    output_dir = _writable(Path(output_dir))
+    main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    with alone(output_dir) if main else contextlib.nullcontext():
+        run = _Run.begin(profile, stories, output_dir, resume, attention, skip_too_long, say or (lambda _text: None))
+        if isinstance(run, TrainingResult):
+            return run
+        while True:
+            try:
+                result = run.sitting(progress, log_every, stop_after, held_out, callbacks)
+            except torch.OutOfMemoryError as error:
+                problem = str(error)
+            else:
+                free()  # what comes next is often the same model once more
+                return result
+            run.out_of_memory(problem, shrink)  # here the failed sitting's tensors are no longer held by the exception
+
+
+def _writable(run_dir: Path) -> Path:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{run_dir} cannot be written ({error.strerror}): choose another --output folder") from error
+    return run_dir
 
 
 def free() -> None:
@@ -176,16 +196,13 @@ class _Run:
         skip_too_long: bool,
         say: Callable[[str], None],
     ) -> _Run | TrainingResult:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / ".writable").touch()
-            (run_dir / ".writable").unlink(missing_ok=True)
-        except OSError as error:
-            raise OSError(f"{run_dir} cannot be written ({error.strerror}): choose another --output folder") from error
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         if state.is_main_process and (note := download_note(profile)):
             print(note, flush=True)  # in a notebook, too: it may take an hour
-        finished = (run_dir / "result.json").exists()
+        parts = ("result.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+        finished = all((run_dir / name).exists() for name in parts)
+        if not finished and (run_dir / parts[0]).exists() and state.is_main_process:
+            print(f"the adapter in {run_dir} is gone: it is made again from the last checkpoint", flush=True)
         if finished and stories is None and go_on:
             before = resume.check_settings(run_dir, resume.settings(profile))
             if before.get("stories") == OF_PROFILE:  # no need to prepare them again
@@ -278,6 +295,8 @@ class _Run:
         args = arguments(current, run_dir, log_every or (10 if self.steps > 200 else 1))
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise ValueError(FSDP)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError("DeepSpeed is not supported: its engine scales losses by itself; use accelerate's --multi_gpu")
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
         main = args.process_index == 0
         checkpoint = resume.last_good(run_dir, self.wanted, say=print if main else lambda _text: None)
@@ -363,8 +382,8 @@ class _Run:
                 self._write(model, facts)
             except Exception as error:  # each library has its own for a disk that is full
                 raise OSError(
-                    f"the finished adapter could not be written to {self.run_dir} ({error}): make room, then run the same "
-                    "command again; it takes the adapter from the last checkpoint and trains nothing again"
+                    f"the finished adapter could not be written to {self.run_dir} ({error}): make room, or what it wants, and "
+                    "run the same command again; it takes the adapter from the last checkpoint and trains nothing again"
                 ) from error
         state.wait_for_everyone()
         return load_result(self.run_dir)

@@ -288,7 +288,7 @@ def nf4_page(outlier: float = 0.0, blocksize: int = 64, shape: str = "normal", d
         lines.append(f"{level:+.3f}  {share:6.1%}  {'█' * round(40 * share / top)}")
     lines += [
         "",
-        f"bits a weight           {r['bits']:.3f}   (bf16: 16)",
+        f"bits per weight         {r['bits']:.3f}   (bf16: 16)",
         f"error of all weights    {r['error']:.3f}   of their standard deviation",
         f"scale of block 1        {r['scale']:.2f}",
         f"error of its others     {r['error_there']:.3f}   {r['zeros']:.0%} of them became 0",

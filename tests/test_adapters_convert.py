@@ -283,3 +283,25 @@ def test_what_cannot_be_converted_is_said(base, tmp_path):
     with pytest.raises(ValueError, match="no adapter on single experts"):
         from_per_expert(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing is written when something is wrong"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"use_dora": True}, "plain LoRA"), ({"lora_bias": True}, "plain LoRA"), ({"target_modules": r".*\.(w1|w2|w3)"}, "pattern")],
+)
+def test_other_kinds_of_adapters_are_refused(tmp_path, change, words):
+    old_adapter(tmp_path / "old")
+    file = tmp_path / "old" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=words):
+        from_per_expert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_fresh_adapter_keeps_its_rank(base, tmp_path):
+    from helpers import qlora
+    from helpers.quantization import load_4bit
+
+    qlora.save_lora(qlora.add_lora(load_4bit(base, dtype="float32"), r=R, dropout=0.0), tmp_path / "new")  # B is 0
+    tensors = load_file(to_per_expert(tmp_path / "new", tmp_path / "old") / WEIGHTS)
+    assert {tensors[f"{ROOT}block_sparse_moe.experts.0.{w}.lora_A.weight"].shape[0] for w in ("w1", "w2", "w3")} == {R}

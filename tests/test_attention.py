@@ -387,3 +387,21 @@ def test_a_run_takes_the_attention_that_was_asked_for_and_says_so(base, tmp_path
     for result, name in ((default, attention.choose_attention(MixtralForCausalLM, "float32")[0]), (eager, "eager")):
         assert json.loads((result.run_dir / "result.json").read_text())["attention"] == name
     assert abs(default.history[-1]["loss"] - eager.history[-1]["loss"]) < 1e-4
+
+
+def test_a_small_leak_is_a_leak(base, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    monkeypatch.setattr(attention, "packing_errors", lambda m: (0.01, 1e-7))
+    with pytest.raises(ValueError, match="changes the next one's logits by 1%"):
+        attention.check_packing(model)
+    monkeypatch.setattr(attention, "packing_errors", lambda m: (5e-7, 1e-7))
+    assert attention.check_packing(model) == model.config._attn_implementation
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_cannot(base, monkeypatch):
+    def full(_model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "packing_errors", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.check_packing(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))

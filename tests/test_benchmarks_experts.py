@@ -174,7 +174,7 @@ def test_all_variants_compute_the_same_layer():
     torch.manual_seed(0)
     ours, stock, param = experts.Ours(o), experts.stock(o, "eager"), experts.parametrised(o, "grouped_mm")
     x, (scores, index) = torch.randn(32, 64), torch.rand(32, 8).softmax(-1).topk(2)
-    from helpers.experts import dequantize_stack
+    from helpers.nf4 import dequantize_stack
 
     with torch.no_grad():
         a1, b1, a2, b2 = ours.lora

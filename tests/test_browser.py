@@ -203,12 +203,12 @@ def test_router_playground(panel):
 @pytest.mark.parametrize("panel", ["nf4 explorer"], indirect=True)
 def test_nf4_explorer(panel):
     first = shown(panel)
-    assert "bits a weight           4.127" in first
+    assert "bits per weight         4.127" in first
     step(panel, 0)
     second = changed(panel, first)
     assert "the first set to 1;" in second
     panel.locator(".widget-checkbox input").first.uncheck()
-    assert "bits a weight           4.500" in changed(panel, second)
+    assert "bits per weight         4.500" in changed(panel, second)
 
 
 @pytest.mark.parametrize("panel", ["reply explorer"], indirect=True)

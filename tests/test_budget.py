@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -155,3 +157,22 @@ def test_live_bytes_counts_what_is_new_and_alive():
         c = torch.empty(300, dtype=torch.bfloat16)  # 600
         c.add_(1)
     assert live.peak == 1000 and c.numel() == 300
+
+
+def test_what_fits_leaves_room_for_cuda():
+    found = budget.Budget("x", 1, 1, {**dict.fromkeys(budget.PARTS, 0), "weights": 10 * budget.GIB})
+    assert found.fits(11.0) and not found.fits(10.9) and found.fits(10.0, reserve=0.0)
+
+
+def test_the_budget_of_a_profile_is_that_of_its_adapters():
+    profile = dataclasses.replace(PROFILES["t4"], lora_r=8, lora_experts=False)
+    small, usual = budget.of_profile(profile), budget.of_profile(PROFILES["t4"])
+    more = budget.of_profile(dataclasses.replace(profile, lora_r=16))
+    assert more.adapters == 2 * small.adapters and small.adapters < usual.adapters / 10
+
+
+def test_the_fullest_expert_counts():
+    """One expert at a time (a CPU): a quarter more tokens than the average go through its working tensors."""
+    model = budget.describe(tiny_config(2048, 256, 4, 448), "float32", r=16)
+    usual, even = (budget.estimate(model, 4, 512, True, 0.0, "cpu", **more).parts["layer"] for more in ({}, {"imbalance": 1.0}))
+    assert even < usual

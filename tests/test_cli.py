@@ -125,7 +125,10 @@ train --epochs 0, train --learning-rate inf, train --lora-r 1.5, train --attenti
 """
 
 
-@pytest.mark.parametrize("arguments", [text.split() for text in WRONG.split(",")], ids="-".join)
+WRONG_ONES = [text.split() for text in WRONG.split(",")] + [["budget", "--context", "9" * 400]]  # beyond any float
+
+
+@pytest.mark.parametrize("arguments", WRONG_ONES, ids=lambda a: "-".join(a)[:30])
 def test_a_wrong_number_is_answered_by_its_name(arguments, tmp_path, capsys):
     command, option, value = arguments
     place = {"train": ["--output", str(tmp_path / "run")], "stories": [str(tmp_path)]}.get(command, [])
@@ -165,6 +168,22 @@ def test_a_profile_for_a_gpu_is_refused_without_one(tmp_path, capsys):
     assert main(["train", "--profile", "t4", "--output", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "t4 is meant for 14 GiB of GPU memory, here are 0.0" in said and "--anyway" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "runs"),
+    [([], False), (["--shrink"], True), (["--micro-batch", "1", "--accumulation", "8"], True), (["--context", "8192"], False)],
+)
+def test_a_profile_for_a_larger_gpu_runs_if_the_budget_says_that_it_fits(tmp_path, capsys, monkeypatch, more, runs):
+    """The card's run on an A100 of 40 GB: its 4 rows do not fit, one does."""
+    from helpers import environment, training
+
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 39.6)
+    monkeypatch.setattr(environment, "check_disk", lambda *_: environment.Check("disk", True, ""))
+    monkeypatch.setattr(training, "train", lambda *_, **__: (_ for _ in ()).throw(ValueError("it began")))
+    assert main(["train", "--profile", "a100-80", "--output", str(tmp_path / "run"), *more]) == 2
+    said = capsys.readouterr().err
+    assert ("it began" in said) == runs and ("is meant for 70 GiB" in said) != runs
 
 
 def test_train_leaves_out_what_it_cannot_use_and_says_so(tmp_path, capsys):
@@ -216,6 +235,9 @@ def test_failures_of_libraries_are_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("helpers.stories.load_stories", bug)
     with pytest.raises(KeyError):
         main(["stories", str(tmp_path)])
+    monkeypatch.setenv("COURSE_TRACEBACK", "1")
+    with pytest.raises(OSError, match="nothing"):
+        main(["chat", str(tmp_path / "nothing")])
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +259,7 @@ def finished_run(tmp_path_factory):
         (("evaluate", "RUN", "--samples", "0"), "samples=0: at least 1"),
         (("evaluate", "RUN", "--batch-size", "-2"), "batch_size=-2: at least 1"),
         (("evaluate", "RUN", "--stories", "nowhere"), "nowhere: no such file or folder"),
-        (("evaluate", "RUN", "--temperature", "nan"), "temperature=nan: out of range"),
+        (("evaluate", "RUN", "--temperature", "nan"), "temperature=nan is out of range: at least 0"),
         (("chat", "RUN", "--stories", "nowhere"), "nowhere: no such file or folder"),
         (("share", "RUN", "--send"), "--send belongs to --push"),
         (("share", "RUN", "--public"), "--public belongs to --push"),
@@ -279,3 +301,54 @@ def test_a_talk_through_a_pipe_is_utf8_and_kept(finished_run, tmp_path):
     (file,) = (finished_run / "chats").iterdir()
     assert "Café für zwei?" in file.read_text(encoding="utf-8") and str(file) in done.stdout.decode("utf-8")
     shutil.rmtree(finished_run / "chats")
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    from filelock import FileLock
+
+    from helpers.resume import alone
+
+    with alone(tmp_path), pytest.raises(ValueError, match="another training is writing into"), alone(tmp_path):
+        raise AssertionError("two at once")
+    with FileLock(tmp_path / ".lock", timeout=0):  # as another process holds it
+        command = [sys.executable, "-m", "helpers", "train", "--profile", "tiny", "--output", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
+        assert done.returncode == 2 and "another training is writing into" in done.stderr
+    with alone(tmp_path):
+        pass
+
+
+def test_only_names_notebooks(capsys):
+    assert main(["course", "--only", "nosuch"]) == 2
+    assert "no notebook's name holds 'nosuch'" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(tmp_path):
+    command = f"{sys.executable} -m helpers budget --profile tiny | head -c 1 > {os.devnull}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
+    assert "Traceback" not in done.stderr and "Errno" not in done.stderr and done.returncode in (0, 141)
+
+
+def test_a_failed_export_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    from helpers import interchange
+
+    def fails(*_, **__):
+        yield {"segments": []}
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(interchange, "axolotl_rows", fails)
+    good = ROOT / "data_samples" / "stories" / "return_half.yaml"
+    assert (
+        main(
+            [
+                "stories",
+                str(good),
+                "--axolotl",
+                str(tmp_path / "rows.jsonl"),
+                "--tokenizer",
+                str(ROOT / "data_samples" / "tiny_base"),
+            ]
+        )
+        == 2
+    )
+    assert "no such luck" in capsys.readouterr().err and not list(tmp_path.iterdir())

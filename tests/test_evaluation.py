@@ -9,8 +9,10 @@ import random
 import statistics
 
 import pytest
+import scipy.stats
 import torch
 
+from helpers import evaluation
 from helpers.eval_plots import plot_lengths
 from helpers.evaluation import (
     CONDITIONS,
@@ -21,8 +23,8 @@ from helpers.evaluation import (
     measure_length_control,
     with_room,
 )
-from helpers.generation import Sampling
-from helpers.lengths import LENGTHS, word_range
+from helpers.generation import Prompt, Reply, Sampling
+from helpers.lengths import LENGTHS, count_words, length_class, word_range
 from helpers.profiles import PROFILES
 from helpers.stories import StoryError, save_stories
 from helpers.tiny import ADAPTER_SEED, EVALUATION_SEED
@@ -242,3 +244,85 @@ def test_replies_of_another_model_or_sampling_are_never_taken(random_mixtral):
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[-1] = 1e-3
     assert fingerprint(model, Sampling()) != adapted
+
+
+def test_natural_lengths_are_compared_conversation_by_conversation():
+    """Conversations differ widely, replies from their own by one word: by pairs that shows, however wide the means' intervals."""
+    own = [5, 80, 9, 140, 30, 12, 60, 7, 25, 100]
+
+    def free(more):
+        said = {"condition": None, "sample": 0, "tokens": 9, "end": "eos"}
+        rows = [said | {"story": k, "words": n + more(k)} for k, n in enumerate(own)]
+        return LengthTable("free", rows, own, dataclasses.asdict(Sampling()), 0).unasked
+
+    longer, even = free(lambda k: 1), free(lambda k: (-1) ** k)
+    assert longer["natural_low"] < longer["none_mean"] < longer["natural_high"], "the means alone do not tell"
+    assert (longer["difference"], longer["difference_low"], longer["none_is_natural"]) == (1, 1, False)
+    assert even["difference"] == 0 and even["difference_low"] < 0 < even["difference_high"] and even["none_is_natural"]
+
+
+def test_earlier_replies_keep_their_own_modifiers(tokenizer, monkeypatch):
+    (story,) = held_out(PROFILES["tiny"], 1, reply=2)
+    asked = []
+    monkeypatch.setattr(
+        evaluation,
+        "recorded_replies",
+        lambda m, t, prompts, *_: (asked.extend(prompts), [Reply("a", 1, "eos")] * len(prompts))[1],
+    )
+    measure_length_control(None, tokenizer, [story], reply=2, conditions=("huge", None))
+    for prompt, last in zip(asked, (" (length = huge)", ""), strict=True):
+        heads = tokenizer.decode(prompt.ids, skip_special_tokens=True).split("### Response:")[1:]
+        wanted = [f" (length = {length_class(m.text)})" for m in story.replies[:2]] + [last]
+        assert [h.partition("\n")[0] for h in heads] == wanted
+
+
+def test_held_out_prompts_leave_room_for_the_longest_reply():
+    stories = held_out(PROFILES["tiny"], 60, reply=3)
+    assert max(sum(count_words(m.text) for m in s.before_reply(3).messages) for s in stories) <= 330
+
+
+def test_the_interval_without_modifier_draws_whole_conversations():
+    rows = [r for r in table(lambda c, i: 10 + i, n=20).replies if r["condition"] is None]
+    one, four = (LengthTable("x", [r for r in rows for _ in range(n)], [10] * 20, {}, 0).unasked for n in (1, 4))
+    assert four["none_high"] - four["none_low"] == pytest.approx(one["none_high"] - one["none_low"], rel=0.1)
+
+
+def test_replies_that_spoke_for_the_user_are_counted():
+    t = table(lambda c, i: 10)
+    for r in t.replies:
+        r["end"] = "stop" if r["story"] == 0 else "eos"
+    assert t.statistics["impersonated"] == pytest.approx(1 / 20) and t.statistics["cut_off"] == 0
+
+
+def test_the_natural_lengths_are_those_of_the_reply_that_was_asked_for(tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from helpers.tiny import HOME
+
+    model = AutoModelForCausalLM.from_pretrained(HOME, dtype=torch.float32)
+    stories = held_out(PROFILES["tiny"], 2, reply=1)
+    t = measure_length_control(model, tokenizer, stories, Sampling(max_new_tokens=1), reply=1, conditions=("tiny",))
+    assert t.natural == [count_words([m for m in s.messages if m.speaker == "character"][1].text) for s in stories]
+    assert t.natural != [count_words(s.replies[0].text) for s in stories]
+
+
+def test_the_top_three_are_apart_only_if_both_pairs_are():
+    half = table(lambda c, i: {"enormous": 80, "humongous": 120 + i % 9, "unlimited": 120 + (i + 3) % 9}.get(c, 5))
+    assert half.statistics["separated_medians"] >= 1 and not half.statistics["top_three_separated"]
+
+
+def test_room_is_that_of_the_reply_that_is_asked_for(tokenizer):
+    (story,) = held_out(PROFILES["tiny"], 1, reply=3)
+    before = story.before_reply(3)
+    history = [length_class(m.text) for m in before.replies]
+    most = max(len(Prompt.of(before, tokenizer, c, history).ids) for c in CONDITIONS)
+    assert with_room([story], 3, tokenizer, most + 50, 50) == [story] and with_room([story], 3, tokenizer, most + 49, 50) == []
+
+
+def test_the_p_value_is_scipys():
+    rng = random.Random(1)
+    for spread, follows in ((20, True), (10_000, False)):
+        noisy = table(lambda c, i, spread=spread: (10 * LENGTHS.index(c) if c else 0) + rng.randint(1, spread))
+        rows = [r for r in noisy.replies if r["condition"]]
+        wanted = scipy.stats.spearmanr([LENGTHS.index(r["condition"]) for r in rows], [r["words"] for r in rows]).pvalue
+        assert noisy.statistics["spearman_p"] == pytest.approx(wanted) and (wanted < 1e-6) == follows

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from helpers.generation import Prompt, Reply, Sampling
 from helpers.lengths import LENGTHS, label_replies, word_range
 from helpers.profiles import PROFILES
 from helpers.prompts import generation_prompt
-from helpers.qlora import adapter_norms, add_lora
+from helpers.qlora import active_factors, adapter_norms, add_lora
 from helpers.tokens import encode
 from tests.test_evaluation import table
 
@@ -34,7 +35,7 @@ def tiny_model():
     return AutoModelForCausalLM.from_pretrained(HOME, dtype=torch.float32)
 
 
-def test_a_random_adapter_has_every_tensors_norm_and_leaves_no_trace(random_mixtral):
+def test_a_random_adapter_changes_weights_as_much_and_leaves_no_trace(random_mixtral):
     model = add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, router=False)
     with pytest.raises(ZeroDivisionError), controls.random_adapter(model):
         raise ZeroDivisionError  # whatever happens inside
@@ -42,12 +43,19 @@ def test_a_random_adapter_has_every_tensors_norm_and_leaves_no_trace(random_mixt
         for n, p in model.named_parameters():
             if "lora_B" in n:
                 p.normal_(std=0.3)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for f in active_factors(model):  # a trained adapter's factors are in line, so their product is larger than by chance
+            f.A[:, :, :4] += 3 * f.B[:, :4].mT
+
+    def change() -> list[torch.Tensor]:
+        return [torch.linalg.matrix_norm(f.B @ f.A) for f in active_factors(model)]
+
+    before, trained = {n: p.detach().clone() for n, p in model.named_parameters()}, change()
     norms = adapter_norms(model)
     with controls.random_adapter(model, seed=1):
         inside = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for name, norm in adapter_norms(model).items():
-            assert norm == pytest.approx(norms[name], rel=1e-4)
+        for was, now in zip(trained, change(), strict=True):
+            torch.testing.assert_close(now, was, rtol=1e-4, atol=0)
+        assert all(n == pytest.approx(norms[k], rel=1e-4) for k, n in adapter_norms(model).items() if k.endswith("lora_A"))
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n])
         same = torch.equal(inside[n], before[n])
@@ -232,3 +240,61 @@ def test_an_absence_is_judged_by_what_chance_gives_and_not_from_a_handful():
     assert "5 of 5 goals reached; 3 more: too few conversations to say" in text
     weak = table(lambda c, i: 20 + 3 * (LENGTHS.index(c) if c else 0) + (7 * i) % 60)
     assert not conclusions.about_control(weak, perfect)[0].reached, "an effect is still one"
+
+
+def test_ten_conversations_are_enough_and_nine_are_not():
+    assert conclusions.judged(True, 10) is True and conclusions.judged(False, 10) is False and conclusions.judged(True, 9) is None
+
+
+def said(rho, low, high, n=20, label="control"):
+    return SimpleNamespace(
+        label=label, statistics=dict(spearman=rho, spearman_low=low, spearman_high=high, conversations=n, replies=1000)
+    )
+
+
+def test_a_control_that_runs_the_other_way_shows_an_effect_too():
+    perfect = said(0.95, 0.9, 0.97)
+    assert not conclusions.about_control(said(-0.8, -0.85, -0.75), perfect)[0].reached
+
+
+def test_the_adapter_is_above_its_control_only_if_its_whole_interval_is():
+    assert not conclusions.about_control(said(0.05, 0.0, 0.3), said(0.4, 0.2, 0.6))[1].reached
+    assert conclusions.about_control(said(0.05, 0.0, 0.3), said(0.5, 0.31, 0.6))[1].reached
+
+
+def test_replies_that_do_the_opposite_of_the_old_modifier_depend_on_it():
+    rows = [
+        {"story": s, "then": then, "first": first, "words": 10 * LENGTHS.index(then) + (5 if first == "tiny" else 0)}
+        for s in range(20)
+        for then in ("tiny", "medium")
+        for first in ("tiny", "enormous")
+    ]
+    # within `then` the shorter old modifier gives more words
+    flipped = [{**r, "then": "medium", "words": 50 if r["first"] == "tiny" else 5} for r in rows]
+    assert not conclusions.about_changes(flipped, LENGTHS)[1].reached
+
+
+def test_shares_of_names_weigh_replies():
+    (names,) = conclusions.about_names([{"with names": 0.9, "right names": 1.0}, {"with names": 0.1, "right names": 0.0}])
+    assert names.measured == "90.0%"
+
+
+def test_the_goals_are_the_projects():
+    goals = {c.claim.partition(": ")[2]: c.goal for c in conclusions.about_adapter(table(lambda c, i: 3))}
+    assert goals["replies are in the class asked for"] == ">= 0.60"
+    half = table(lambda c, i: word_range(c)[0] if c and i % 2 else 300 if c else 10)  # half in class
+    found = {c.claim.partition(": ")[2]: c.reached for c in conclusions.about_adapter(half)}
+    assert not found["replies are in the class asked for"]
+    cut = table(lambda c, i: word_range(c)[0] if c else 10)
+    for r in cut.replies:
+        r["end"] = "limit" if r["story"] == 0 else "eos"  # 5 %
+    assert not {c.claim.partition(": ")[2]: c.reached for c in conclusions.about_adapter(cut)}["few replies were cut off"]
+
+
+def test_another_seed_is_another_random_adapter(random_mixtral):
+    model = add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, router=False)
+    found = []
+    for seed in (1, 1, 2):
+        with controls.random_adapter(model, seed):
+            found.append(next(p for n, p in model.named_parameters() if "lora_A" in n).detach().clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

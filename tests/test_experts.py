@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from helpers import experts
+from helpers import experts, nf4
 from helpers.quantization import load_4bit
 
 E, H, I, R = 4, 64, 128, 3  # noqa: E741
@@ -25,8 +25,8 @@ def make(seed: int = 0, scale: float = 0.2, experts_count: int = E) -> tuple[Mix
     packed, twin = MixtralExperts(config), MixtralExperts(config)
     for name in experts.STACKS:
         weight = torch.randn_like(getattr(packed, name)) * scale
-        setattr(packed, name, experts.quantize_stack(weight))
-        setattr(twin, name, nn.Parameter(experts.dequantize_stack(getattr(packed, name)).double(), requires_grad=False))
+        setattr(packed, name, nf4.quantize_stack(weight))
+        setattr(twin, name, nn.Parameter(nf4.dequantize_stack(getattr(packed, name)).double(), requires_grad=False))
     return packed, twin
 
 
@@ -111,12 +111,12 @@ def test_without_adapters_it_is_the_stock_module_on_dequantised_weights():
 
 def test_unpacking_expert_by_expert_is_bitsandbytes_own_dequantisation():
     weight = torch.randn(E, 2 * I, H)
-    packed = experts.quantize_stack(weight)
+    packed = nf4.quantize_stack(weight)
     whole = bnbf.dequantize_4bit(packed.data, packed.quant_state)
-    assert torch.equal(experts.dequantize_stack(packed), whole.view(E, 2 * I, H))
+    assert torch.equal(nf4.dequantize_stack(packed), whole.view(E, 2 * I, H))
     alone, state = bnbf.quantize_4bit(weight[2].contiguous(), blocksize=64, quant_type="nf4")
     assert torch.equal(alone.flatten(), packed.data.view(E, -1)[2]), "the codes of an expert do not depend on its neighbours"
-    assert (experts.dequantize_stack(packed)[2] - bnbf.dequantize_4bit(alone, state)).abs().max() < 0.02
+    assert (nf4.dequantize_stack(packed)[2] - bnbf.dequantize_4bit(alone, state)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -170,13 +170,13 @@ def living(shapes):
 def test_the_scales_of_few_experts_are_undone_one_by_one():
     """The same bits, without a look at the others: theirs are replaced by NaN."""
     weight = torch.randn(E, 128, 128)  # 256 blocks an expert: one block of the second quantisation
-    packed = experts.quantize_stack(weight)
-    whole = experts.dequantize_stack(packed)
+    packed = nf4.quantize_stack(weight)
+    whole = nf4.dequantize_stack(packed)
     packed.quant_state.state2.absmax[[0, 1, 3]] = float("nan")
-    assert torch.equal(experts.Unpacker(packed, torch.float32, few=True)(2), whole[2])
-    assert experts.Unpacker(packed, torch.float32, few=True).scales is None
-    odd = experts.quantize_stack(torch.randn(E, 64, 64))  # 64 blocks an expert: four share a second scale
-    assert torch.equal(experts.Unpacker(odd, torch.float32, few=True)(2), experts.dequantize_stack(odd)[2])
+    assert torch.equal(nf4.Unpacker(packed, torch.float32, few=True)(2), whole[2])
+    assert nf4.Unpacker(packed, torch.float32, few=True).scales is None
+    odd = nf4.quantize_stack(torch.randn(E, 64, 64))  # 64 blocks an expert: four share a second scale
+    assert torch.equal(nf4.Unpacker(odd, torch.float32, few=True)(2), nf4.dequantize_stack(odd)[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -184,21 +184,21 @@ def test_the_scales_of_few_experts_are_undone_one_by_one():
 def test_packing_in_slices_gives_bitsandbytes_own_bits(monkeypatch, dtype, double_quant):
     weight = torch.randn(E, 96, 192).to(dtype)
     codes, state = bnbf.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
-    monkeypatch.setitem(experts._SLICE, "cpu", 64 * 7)  # does not divide a matrix
-    packed = experts.quantize_stack(weight, double_quant)
+    monkeypatch.setitem(nf4.SLICE, "cpu", 64 * 7)  # does not divide a matrix
+    packed = nf4.quantize_stack(weight, double_quant)
     assert torch.equal(packed.data, codes)
     ours, theirs = packed.quant_state.as_dict(packed=True), state.as_dict(packed=True)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    one_by_one = experts.pack((matrix for matrix in weight), weight.shape, double_quant)
+    one_by_one = nf4.pack((matrix for matrix in weight), weight.shape, double_quant)
     assert torch.equal(one_by_one.data, codes)
 
 
 def test_packing_refuses_what_does_not_fit():
     matrices = list(torch.randn(4, 64, 64))
     with pytest.raises(ValueError, match="3 experts were given, the model has 4"):
-        experts.pack(matrices[:3], (4, 64, 64))
+        nf4.pack(matrices[:3], (4, 64, 64))
     with pytest.raises(ValueError, match=r"expert 1 has shape \(32, 64\)"):
-        experts.pack([matrices[0], matrices[1][:32]], (4, 64, 64))
+        nf4.pack([matrices[0], matrices[1][:32]], (4, 64, 64))
 
 
 def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, monkeypatch):
@@ -208,8 +208,8 @@ def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, 
     for module in model.modules():
         if experts.is_experts(module):
             module.register_forward_pre_hook(lambda m, args: (chosen.append(args[1].clone()), unpacked.append([]))[0])
-    original = experts.Unpacker.pieces
-    monkeypatch.setattr(experts.Unpacker, "pieces", lambda self, e: (unpacked[-1].append(e), original(self, e))[1])
+    original = nf4.Unpacker.pieces
+    monkeypatch.setattr(nf4.Unpacker, "pieces", lambda self, e: (unpacked[-1].append(e), original(self, e))[1])
     out = model.generate(
         torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0
     )
@@ -227,14 +227,14 @@ def test_unpacking_in_pieces_changes_nothing(monkeypatch, weights):
     attach(packed, factors)
     found = []
     for most in (2**20, weights):
-        monkeypatch.setitem(experts._PIECE, "cpu", most)
+        monkeypatch.setitem(nf4.PIECE, "cpu", most)
         x = torch.randn(5, H, generator=torch.Generator().manual_seed(3)).requires_grad_()
         out = packed(x, index, weight)
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *factors])])
-    whole = experts.Unpacker(packed.gate_up_proj, torch.float32)
+    whole = nf4.Unpacker(packed.gate_up_proj, torch.float32)
     assert len(list(whole.pieces(1))) == -(-2 * I // max(1, weights // H))
     assert torch.equal(torch.cat([w for _, w in whole.pieces(1)]), whole(1))
-    assert len(list(experts.Unpacker(packed.gate_up_proj, torch.bfloat16).pieces(1))) == 1
+    assert len(list(nf4.Unpacker(packed.gate_up_proj, torch.bfloat16).pieces(1))) == 1
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 2e-6 * a.norm()
 
@@ -304,12 +304,12 @@ def test_experts_handled_together_give_what_they_give_alone(monkeypatch, most, k
     inputs = [(torch.randn(s) * 0.3).requires_grad_() for s in shapes]
     attach(packed, inputs[2:])
     found, unpacked = [], []
-    original = experts.bnbf.dequantize_4bit
+    original = nf4.bnbf.dequantize_4bit
     counted = lambda *a, **kw: (unpacked.append(1), original(*a, **kw))[1]  # noqa: E731
-    monkeypatch.setattr(experts.bnbf, "dequantize_4bit", counted)
+    monkeypatch.setattr(nf4.bnbf, "dequantize_4bit", counted)
     for together, rows in ((0, 2**20), (most, 2 * I * 7)):
         monkeypatch.setitem(experts.GROUP, "cpu", together)
-        monkeypatch.setitem(experts._PIECE, "cpu", max(rows, 2 * I * H))
+        monkeypatch.setitem(nf4.PIECE, "cpu", max(rows, 2 * I * H))
         out = packed(inputs[0], index, inputs[1])
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs), torch.tensor(len(unpacked))])
         unpacked.clear()
@@ -352,9 +352,9 @@ def test_recomputation_ends_before_the_down_projection(random_mixtral, monkeypat
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     passes = []
-    original = experts.Unpacker.over
+    original = nf4.Unpacker.over
     monkeypatch.setattr(
-        experts.Unpacker, "over", lambda self, spans: (passes.append((self.rows, self.columns)), original(self, spans))[1]
+        nf4.Unpacker, "over", lambda self, spans: (passes.append((self.rows, self.columns)), original(self, spans))[1]
     )
     ids = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -391,7 +391,95 @@ def test_a_weight_that_is_not_finite_is_refused(bad, monkeypatch):
     """Also where quantising hides it: CUDA's takes the largest of a block in a way that passes over NaN."""
     weight = torch.randn(E, 64, 64)
     weight[2, 5, 6] = bad
-    original = experts.bnbf.quantize_4bit
-    monkeypatch.setattr(experts.bnbf, "quantize_4bit", lambda w, **kw: original(w.nan_to_num(0, 0, 0), **kw))
+    original = nf4.bnbf.quantize_4bit
+    monkeypatch.setattr(nf4.bnbf, "quantize_4bit", lambda w, **kw: original(w.nan_to_num(0, 0, 0), **kw))
     with pytest.raises(ValueError, match="not finite"):
-        experts.quantize_stack(weight)
+        nf4.quantize_stack(weight)
+
+
+def test_dropout_keeps_one_minus_p_and_rescales():
+    """Inverted dropout: with p = 0.75 the mean over many draws is the adapter's whole product."""
+    packed, _ = make()
+    *_, a2, b2 = lora_factors()
+    index, weight, x = INDICES["top-2"], torch.rand(5, 2), torch.randn(5, H)
+    plain = packed(x, index, weight)
+    packed.lora_factors = {"down_proj": experts.Factors(a2, b2, 0.75)}
+    whole = packed.eval()(x, index, weight) - plain
+    packed.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = torch.stack([packed(x, index, weight) - plain for _ in range(1500)])
+    assert (drawn.mean(0) - whole).norm() < 0.2 * whole.norm()
+    # a sum of n terms, each kept with 1/4 and times 4, has 3 times the terms' squares for a variance
+    assert drawn.std(0).norm() > 0.5 * whole.norm()
+
+
+def test_every_step_and_every_expert_draws_its_own_mask():
+    packed, _ = make()
+    for name in experts.STACKS:  # two equal experts
+        w = nf4.dequantize_stack(getattr(packed, name))
+        w[1] = w[0]
+        setattr(packed, name, nf4.quantize_stack(w))
+    *_, a2, b2 = lora_factors()
+    with torch.no_grad():
+        a2[1], b2[1] = a2[0], b2[0]
+    packed.lora_factors = {"down_proj": experts.Factors(a2, b2, 0.5)}
+    x, index, weight = torch.randn(1, H).expand(2, H), torch.tensor([[0], [1]]), torch.ones(2, 1)
+    packed.train()
+    first, second = packed(x, index, weight), packed(x, index, weight)
+    assert not torch.equal(first, second), "the next step drops other entries"
+    assert (first[0] - first[1]).norm() > 0.1 * (first[0] - packed.eval()(x, index, weight)[0]).norm(), "so does the other expert"
+    torch.testing.assert_close(*packed(x, index, weight))  # they are equal indeed
+
+
+def test_each_stack_has_its_own_scale():
+    """An adapter with an alpha_pattern, as converted ones have: against the scale multiplied into B."""
+    packed, _ = make()
+    index, weight, x = INDICES["top-2"], torch.rand(5, 2), torch.randn(5, H).requires_grad_()
+    a1, b1, a2, b2 = lora_factors()
+    outs = []
+    for up, down in ((0.5, 3.0), (1.0, 1.0)):
+        packed.lora_factors = {
+            "gate_up_proj": experts.Factors(a1, b1 * (0.5 / up), scale=up),
+            "down_proj": experts.Factors(a2, b2 * (3.0 / down), scale=down),
+        }
+        out = packed(x, index, weight)
+        outs.append([out, *torch.autograd.grad(out.square().sum(), [x, a1, b1, a2, b2])])
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000, 200_000])
+def test_groups_stay_within_what_a_gpu_handles_at_once(tokens):
+    shape = torch.Size((64, 2048, 2048))  # OLMoE: 2I, H
+    groups = experts.groups_of([tokens * (e + 1) for e in range(64)], shape, "cuda")
+    assert [e for g in groups for e, _ in g.spans] == list(range(64))
+    for g in groups:
+        assert len(g.spans) == 1 or max(len(g.spans) * shape[2], g.rows.stop - g.rows.start) * shape[1] <= experts.GROUP["cuda"]
+    decoding = experts.groups_of([0] * 10 + [1] * 5 + [2] * 49, shape, "cuda")  # experts 10 and 15
+    assert [[e for e, _ in g.spans] for g in decoding] == [[10], [15]], "nothing between them is unpacked"
+
+
+def test_random_weights_have_the_asked_deviation_and_come_from_the_generator():
+    made = [nf4.random_packed((4, 128, 256), 0.03, torch.float32, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    a, b, c = map(nf4.dequantize_stack, made)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert abs(a.std().item() / 0.03 - 1) < 0.03 and abs(a.mean().item()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "change, word", [({"has_bias": True}, "biases"), ({"has_gate": False}, "gate"), ({"has_post_expert_norm": True}, "norm")]
+)
+def test_other_layouts_are_named_too(change, word):
+    packed, _ = make()
+    for name, value in change.items():
+        setattr(packed, name, value)
+    assert word in experts.unsupported(packed)
+
+
+def test_the_output_has_the_inputs_dtype():
+    packed, _ = make()
+    for name in experts.STACKS:
+        getattr(packed, name).quant_state.dtype = torch.bfloat16
+    x = torch.randn(5, H)
+    assert packed(x, INDICES["top-2"], torch.rand(5, 2)).dtype == torch.float32

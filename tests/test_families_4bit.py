@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from helpers import experts, qlora
+from helpers import experts, nf4, qlora
 from helpers.quantization import audit, load_4bit, random_4bit
 from tests.moe_families import causal_lms, dispatched, experts_module, knows_routers, tiny
 
@@ -49,9 +49,9 @@ def setup(experts_class: type, dtype: torch.dtype, index: torch.Tensor, activati
     plain = experts_module(experts_class, activation).double()
     weights = {}
     for name in experts.STACKS:
-        packed = experts.quantize_stack(getattr(module, name))
+        packed = nf4.quantize_stack(getattr(module, name))
         packed.quant_state.dtype = dtype
-        weights[name] = experts.dequantize_stack(packed).double()
+        weights[name] = nf4.dequantize_stack(packed).double()
         setattr(module, name, packed)
     module.to(dtype)
     module.config._experts_implementation, plain.config._experts_implementation = experts.NAME, "eager"
@@ -144,7 +144,7 @@ def dequantised(model, folder):
             packed = model.get_parameter(name)
             if isinstance(packed, Params4bit):
                 stack = packed.quant_state.shape == param.shape and param.ndim == 3
-                param.copy_(experts.dequantize_stack(packed) if stack else bnbf.dequantize_4bit(packed.data, packed.quant_state))
+                param.copy_(nf4.dequantize_stack(packed) if stack else bnbf.dequantize_4bit(packed.data, packed.quant_state))
             else:
                 assert torch.equal(packed, param), name
     return twin

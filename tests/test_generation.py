@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from helpers import generation
 from helpers.evaluation import held_out
 from helpers.generation import (
     SAMPLERS,
@@ -25,6 +26,7 @@ from helpers.generation import (
     print_progress,
     reply_stops,
     stream_reply,
+    stream_seed,
 )
 from helpers.profiles import PROFILES
 from helpers.tiny import HOME
@@ -290,3 +292,52 @@ def test_the_model_is_left_as_it_was(model, tokenizer, prompts):
     finally:
         torch.set_num_threads(threads)
         model.eval()
+
+
+def some_prompts(tokenizer):
+    return [
+        Prompt.of(s.before_reply(0), tokenizer, length)
+        for s, length in zip(held_out(PROFILES["tiny"], 3), (None, "tiny", "long"), strict=True)
+    ]
+
+
+def test_a_repetition_penalty_is_the_librarys_over_prompt_and_reply(model, tokenizer):
+    prompts = some_prompts(tokenizer)
+    replies = generate_replies(model, tokenizer, prompts, Sampling(temperature=0.0, repetition_penalty=1.8, max_new_tokens=30))
+    for p, reply in zip(prompts, replies, strict=True):
+        ids = torch.tensor([p.ids])
+        row = model.generate(ids, do_sample=False, repetition_penalty=1.8, max_new_tokens=30, eos_token_id=2, pad_token_id=0)
+        assert reply.text == generation._reply(tokenizer, row[0, ids.shape[1] :].tolist(), p, {2}).text
+
+
+def test_every_end_token_of_the_model_ends_a_reply(model, tokenizer, monkeypatch):
+    (p, *_) = some_prompts(tokenizer)
+    greedy = Sampling(temperature=0.0, max_new_tokens=12)
+    free = tokenizer(" " + generate_replies(model, tokenizer, [p], greedy)[0].text, add_special_tokens=False).input_ids
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, free[3]])
+    reply = generate_replies(model, tokenizer, [p], greedy)[0]
+    assert reply.end == "eos" and reply.tokens == 1 + free.index(free[3])
+
+
+def test_half_a_letter_is_not_shown():
+    assert _decided("caf\ufffd", ()) == 3
+
+
+def test_the_time_left_goes_by_the_work_that_is_left(model, tokenizer, monkeypatch):
+    (p, *_) = some_prompts(tokenizer)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(generation.time, "monotonic", lambda: next(clock))
+    left = []
+    generate_replies(model, tokenizer, [p] * 6, Sampling(max_new_tokens=2), 2, lambda done, total, seconds: left.append(seconds))
+    assert left == [20.0, 10.0, 0.0]
+
+
+def test_padding_repeats_a_rows_own_token():
+    ids, mask = generation._left_padded([(5,), (6, 7, 8)], "cpu")
+    assert ids.tolist() == [[5, 5, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_every_prompt_sample_and_seed_has_a_stream_of_its_own():
+    cases = [(Prompt(ids, (), sample=k), seed) for ids in ((1,), (1, 2)) for k in (0, 1) for seed in (0, 1)]
+    assert len({stream_seed(p, s) for p, s in cases}) == len(cases)
+    assert stream_seed(Prompt((1,), ("x",), "long"), 0) == stream_seed(Prompt((1,), ()), 0), "of nothing else"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import budget, experts, qlora, training
+from helpers import budget, nf4, qlora, training
 from helpers.generation import Prompt, Sampling, generate_replies
 from helpers.profiles import PROFILES
 from helpers.quantization import audit, load_4bit, random_4bit
@@ -28,9 +28,9 @@ HERE = "cuda" if GPU else "cpu"
 @needs_gpu
 def test_the_codes_of_a_stack_are_the_same():
     weight = torch.randn(4, 128, 256, generator=torch.Generator().manual_seed(0))
-    here, there = experts.quantize_stack(weight), experts.quantize_stack(weight.to("cuda"))
+    here, there = nf4.quantize_stack(weight), nf4.quantize_stack(weight.to("cuda"))
     assert (here.data == there.data.cpu()).float().mean() > 0.999, "but for ties"
-    gap = (experts.dequantize_stack(here) - experts.dequantize_stack(there).cpu()).abs().flatten()
+    gap = (nf4.dequantize_stack(here) - nf4.dequantize_stack(there).cpu()).abs().flatten()
     assert gap.quantile(0.99) < 0.05, "what is left are scales that were rounded the other way"
 
 

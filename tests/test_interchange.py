@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from helpers.stories import Message, Pair, Story
 from helpers.tiny_stories import make_story
 from helpers.tokens import IGNORED, encode, encode_all
 from tests.make_tokenizers import KINDS, make_tokenizer
+from tests.small_runs import STORIES
 
 GOLDEN = Path(__file__).parent / "golden"
 STORY = Story(
@@ -222,7 +224,7 @@ def test_ollama_template_gives_the_bytes_in_go(tmp_path):
 def test_modelfile_says_system_and_stops():
     text = interchange.ollama_modelfile("Ferro", "Ana", "tiny", "</s>", instruction(STORY), "./ferro.gguf")
     assert text.startswith("FROM ./ferro.gguf\n") and f'SYSTEM """{MESSAGES[0]["content"]}"""' in text
-    assert ollama_stops(text) == ["\n### Input:", "\n### Response:", "\nAna:", "</s>"]
+    assert ollama_stops(text) == ["\n### Input:", "\n### Response:", "\n### Instruction:", "\nAna:", "</s>"]
     quoted = interchange.ollama_modelfile("Ferro", 'Bo "B" Ek', "tiny")
     assert ollama_stops(quoted)[-1] == '\nBo "B" Ek:' and '\nBo "B" Ek: {{ .Content }}' in ollama_template(quoted)
     with pytest.raises(ValueError, match="cannot hold"):
@@ -259,3 +261,28 @@ def test_all_exports_begin_from_one_text():
     adapter = interchange.koboldcpp_adapter("Ferro", "Ana", "long")
     for start in (adapter["user_start"] + '"Can', adapter["assistant_gen"] + " Ferro opens"):
         assert start in text
+
+
+def test_a_t4_is_not_asked_for_what_it_cannot_run():
+    """FlashAttention 2 wants compute capability 8; without it Axolotl's packed stories would see each other."""
+    config = interchange.axolotl_config(PROFILES["t4"])
+    assert (config["attn_implementation"], config["sample_packing"], config["fp16"]) == ("sdpa", False, True)
+
+
+def test_axolotl_adapts_what_the_profile_adapts_and_stops_where_it_stops():
+    profile = dataclasses.replace(PROFILES["a100-80"], lora_router=False, max_steps=7)
+    config = interchange.axolotl_config(profile)
+    assert config["max_steps"] == 7 and config["lora_target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert "mlp.gate.weight" in interchange.axolotl_config(PROFILES["a100-80"])["lora_target_parameters"]
+
+
+def test_rows_whose_labels_differ_are_refused(tokenizer, monkeypatch):
+    real = interchange.encode_all
+
+    def other(*args, **kwargs):
+        for sample in real(*args, **kwargs):
+            yield dataclasses.replace(sample, labels=[-100, *sample.labels[1:-1], -100])
+
+    monkeypatch.setattr(interchange, "encode_all", other)
+    with pytest.raises(ValueError):
+        list(interchange.axolotl_rows(STORIES[:1], tokenizer))

@@ -33,7 +33,7 @@ def test_bootstrap_agrees_with_scipys_and_with_normal_theory():
 
 
 def test_drawing_whole_conversations_widens_the_interval_by_the_design_effect():
-    """Four equal replies a conversation carry the information of one: sqrt(4) wider than 4 n independent ones."""
+    """Four equal replies per conversation carry the information of one: sqrt(4) wider than 4 n independent ones."""
     means = np.random.default_rng(1).normal(50, 10, 100)
     values, groups = np.repeat(means, 4), np.repeat(np.arange(100), 4)
     low, high = ls.bootstrap(values, draws=2000)
@@ -175,3 +175,33 @@ def test_quantiles_and_intervals_allow_for_cuts():
     values = [3, 1, 4, 1, 5, 9, 2, 6]
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
     assert [ls.censored_quantile(values, [False] * 8, q) for q in (0.25, 0.5, 0.75)] == pytest.approx(quartiles)
+
+
+def test_an_empty_reply_is_in_no_class():
+    assert ls.in_class([0, 0], [0, 3]) == 0.5 and ls.in_class([0], [0], within=1) == 0.0
+
+
+def test_unequal_groups_give_a_95_percent_interval_too():
+    values = np.random.default_rng(0).normal(50, 10, 300)
+    low, high = ls.bootstrap(values, groups=[0, 0, *range(1, 299)], draws=4000)  # one pair, so not "the same, in one go"
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(300), rel=0.08)
+
+
+@pytest.mark.parametrize("kind", ["spearman", "median", "cut median"])
+def test_every_interval_draws_whole_conversations(kind):
+    """Four equal replies a conversation: the interval is that of the conversations alone, and not half of it."""
+    rng = np.random.default_rng(0)
+    x = rng.permutation(80)
+    y = (x + rng.normal(0, 30, 80)).round(3)
+    cut = [k % 8 == 0 for k in range(80)]
+    what = {
+        "spearman": lambda f: ls.spearman_interval(f(x), f(y), f(np.arange(80))),
+        "median": lambda f: ls.censored_median_interval(f(y), [False] * len(f(y)), f(np.arange(80))),
+        "cut median": lambda f: ls.censored_median_interval(f(y), f(np.array(cut)), f(np.arange(80))),
+    }[kind]
+    (a, b), (c, d) = what(lambda v: v.tolist()), what(lambda v: np.repeat(v, 4).tolist())
+    assert d - c == pytest.approx(b - a, rel=0.25)
+
+
+def test_words_are_the_same_in_capitals():
+    assert ls.distinct(["The the"], 1) == 0.5

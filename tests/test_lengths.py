@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import lengths
 from helpers.lengths import (
     BOUNDS,
     LENGTHS,
@@ -21,6 +22,7 @@ from helpers.lengths import (
     word_range,
 )
 from helpers.stories import Message, Pair, Story
+from helpers.tiny_stories import make_story
 
 NAMES = ["micro", "tiny", "short", "medium", "long", "massive", "huge", "enormous", "humongous", "unlimited"]
 FIRST_WORDS = [1, 5, 9, 14, 21, 31, 46, 68, 100, 150]  # of each class
@@ -74,6 +76,8 @@ def test_word_range_agrees_with_length_class(words, space):
         ("「今日は。明日も行きます！」", 6),
         ("彼は Python を使う", 4),
         ("你好，我叫王小明。我住在北京，是一名老师。", 10),
+        ("我用iPhone打电话", 4),
+        ("我用 iPhone 打电话", 4),
         ("สวัสดีครับ ผมชื่อโบ", 5),
         ("안녕하세요 저는 보입니다", 3),
         ("Он пошёл домой — да", 5),
@@ -178,3 +182,13 @@ def test_the_overlapping_alternative():
 def test_senseless_schemes_are_refused(make):
     with pytest.raises(ValueError, match=r"give each name|is empty|unknown unit|a share|nine rising"):
         make()
+
+
+def test_narrow_classes_are_not_empty():
+    scheme = Scheme.from_bounds((1, 2, 3, 4, 5, 6, 7, 8, 9), overlap=0.0)
+    assert all(high is None or high > low for low, high in scheme.ranges)
+
+
+def test_nothing_is_left_out_if_that_is_asked_for():
+    story = make_story(3)
+    assert label_replies(story, 0.0, scheme=lengths.OURS) == [length_class(m.text) for m in story.replies]

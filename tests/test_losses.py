@@ -134,3 +134,49 @@ def test_a_head_that_is_not_plain_is_recognised(random_mixtral):
     biased.set_output_embeddings(nn.Linear(64, biased.config.vocab_size).requires_grad_(False))
     assert losses.plain_head(model())
     assert not any(map(losses.plain_head, (scaled, trained, biased)))
+
+
+def test_a_capped_head_is_not_plain_however_small_its_logits(random_mixtral):
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32).requires_grad_(False)
+    assert losses.plain_head(model)
+    model.config.final_logit_softcapping = 30.0
+    assert not losses.plain_head(model)
+
+
+def test_token_losses_take_states_of_another_precision_than_the_head():
+    h, w, y = case()
+    found = losses.token_losses(h.detach(), w.bfloat16(), y)
+    assert torch.equal(found, losses.token_losses(h.detach().bfloat16(), w.bfloat16(), y))
+
+
+def test_losses_of_single_tokens_are_fp32_for_a_bf16_head():
+    h, w, y = case(dtype=torch.bfloat16)
+    wanted = torch.nn.functional.cross_entropy((h @ w.T).float(), y, reduction="none")
+    found = losses.token_losses(h, w, y)
+    assert found.dtype == torch.float32 and torch.allclose(found, wanted, rtol=1e-5)
+
+
+def test_every_module_gets_its_own_mode_back(random_mixtral):
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral).train()
+    model.model.layers[1].eval()
+    before = [m.training for m in model.modules()]
+    with losses.evaluation_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before and len(set(before)) == 2
+
+
+def test_a_head_with_a_cap_is_not_plain(random_mixtral):
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32).requires_grad_(False)
+    assert losses.plain_head(model)
+    hook = model.lm_head.register_forward_hook(lambda _m, _a, out: 0.5 * torch.tanh(out / 0.5))
+    assert not losses.plain_head(model)
+    hook.remove()
+    small = model.lm_head.register_forward_hook(lambda _m, _a, out: out * 1.05)
+    assert not losses.plain_head(model)
+    small.remove()
+
+    class Other(torch.nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Other
+    assert not losses.plain_head(model), "who knows what a subclass computes"

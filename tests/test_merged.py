@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.checkpoints import read_headers
 from helpers.merged import save_merged
 from helpers.qlora import add_lora, merge
 from helpers.quantization import load_4bit
@@ -65,3 +66,29 @@ def test_what_can_fail_fails_before_any_weights_are_written(random_mixtral, tmp_
     assert not (tmp_path / "merged").exists() and not list(tmp_path.rglob("*.safetensors"))
     settings.temperature = None
     assert save_merged(model, tmp_path / "merged"), "and once it is put right, it works"
+
+
+def test_the_merged_checkpoint_says_its_dtype_and_class(adapted, tmp_path):
+    save_merged(adapted, tmp_path / "m", "bfloat16")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.bfloat16
+
+
+def test_no_shard_is_larger_than_asked(adapted, tmp_path):
+    files = save_merged(adapted, tmp_path / "m", "float32", max_shard_bytes=150_000)
+    for f in files:
+        tensors = load_file(f)
+        assert sum(t.nbytes for t in tensors.values()) <= 150_000 or len(tensors) == 1
+
+
+def test_an_index_that_names_the_wrong_shard_is_found(adapted, tmp_path):
+    save_merged(adapted, tmp_path / "m", "float32", max_shard_bytes=150_000)
+    file = tmp_path / "m" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    names = sorted(index["weight_map"])
+    files = sorted(set(index["weight_map"].values()))
+    key = next(n for n in names if index["weight_map"][n] == files[0])
+    index["weight_map"][key] = files[1]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        read_headers(tmp_path / "m")

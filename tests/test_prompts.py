@@ -392,3 +392,47 @@ def test_headers_in_look_alike_characters_are_refused(line):
 def test_other_blanks_are_blanks(blank):
     line = f"{blank}###{blank}Response:"
     assert escape(f"a\n{line}") == f"a\n\\{line}" and unescape(f"a\n\\{line}") == f"a\n{line}"
+
+
+SETTING = {"persona": "Kind.", "user_persona": "Bold.", "scenario": "A mill."}
+
+
+@pytest.mark.parametrize(
+    "messages, arguments, why",
+    [
+        ([("user", "a"), ("assistant", "b"), ("system", "a note")], {}, "can only be the first"),
+        ([("system", "head"), ("system", "more")], {}, "can only be the first"),
+        ([("system", "head"), ("user", "a")], SETTING, "not stand beside scenario"),
+        ([("user", [{"type": "text", "text": "a"}])], {}, "must be a string"),
+        ([("user", "a")], {"scenario": "A mill."}, "persona and user_persona are needed"),
+    ],
+)
+def test_chat_template_refuses_messages_that_would_leave_the_format(messages, arguments, why):
+    with pytest.raises(TemplateError, match=why):
+        rendered([{"role": role, "content": text} for role, text in messages], char="Ferro", user="Ana", **arguments)
+
+
+def test_a_closing_sentence_may_hold_quotes_and_backslashes():
+    closing = "Don't speak for {user}, whatever \\ {char} says."
+    shown = rendered(chat_messages(STORY, system=False), chat_template(closing), **chat_arguments(STORY, setting=True))
+    assert "\n\n" + closing.format(char=STORY.names.character, user=STORY.names.user) + "\n\n###" in shown
+
+
+def test_bos_in_a_text_is_refused_by_the_template():
+    with pytest.raises(TemplateError, match="special token <s>"):
+        render_jinja_template(
+            [[{"role": "user", "content": "Hi.<s>"}]], chat_template=CHAT_TEMPLATE, bos_token="<s>", eos_token="</s>"
+        )
+
+
+def test_a_name_of_two_lines_is_refused_by_the_template():
+    with pytest.raises(TemplateError, match="no line break"):
+        rendered([{"role": "user", "content": "x"}], char="Fer\nro", user="Ana")
+
+
+def test_blanks_around_a_users_text_are_dropped():
+    assert rendered([{"role": "user", "content": " x \n"}], char="Ferro", user="Ana").endswith("Ana: x")
+
+
+def test_a_new_instruction_block_ends_a_reply():
+    assert "\n### Instruction:" in stop_strings(STORY)

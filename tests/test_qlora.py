@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from helpers import experts, qlora
+from helpers import experts, nf4, qlora
 from helpers.quantization import audit, load_4bit, random_4bit, router_recorders, save_4bit
 from helpers.router_losses import attach_router_losses
 from helpers.tiny import tiny_config
@@ -37,7 +37,7 @@ def dequantised_twin(model, folder):
             packed = model.get_parameter(name)
             if isinstance(packed, Params4bit):
                 values = (
-                    experts.dequantize_stack(packed) if param.ndim == 3 else bnbf.dequantize_4bit(packed.data, packed.quant_state)
+                    nf4.dequantize_stack(packed) if param.ndim == 3 else bnbf.dequantize_4bit(packed.data, packed.quant_state)
                 )
                 param.copy_(values)
     return twin
@@ -393,7 +393,7 @@ def test_a_run_in_bf16_is_merged_from_exact_values_and_rounded_once(random_mixtr
     for name, module in ours.named_modules():
         if isinstance(module, LoraLayer) and isinstance(getattr(module, "weight", None), Params4bit):
             packed = module.weight
-            scales = experts.block_scales(packed.quant_state)  # NF4 by hand: a code's value times its block's scale
+            scales = nf4.block_scales(packed.quant_state)  # NF4 by hand: a code's value times its block's scale
             codes = torch.stack([packed.data.flatten() >> 4, packed.data.flatten() & 15], 1).flatten().long()
             base = (packed.quant_state.code[codes].view(-1, 64) * scales.unsqueeze(1)).view(packed.quant_state.shape)
             a, b = (f["default"].weight.detach() for f in (module.lora_A, module.lora_B))
@@ -462,7 +462,7 @@ def test_merged_into_4_bit_it_is_rounded_again_and_says_how_much(random_mixtral,
         if not isinstance(now, Params4bit):
             assert torch.equal(now, should) and row["error"] < 1e-5
             continue
-        values = experts.dequantize_stack(now) if should.ndim == 3 else bnbf.dequantize_4bit(now.data, now.quant_state)
+        values = nf4.dequantize_stack(now) if should.ndim == 3 else bnbf.dequantize_4bit(now.data, now.quant_state)
         codes, _ = bnbf.quantize_4bit(should.contiguous(), blocksize=64, quant_type="nf4")
         assert torch.equal(codes, now.data), "the codes are bitsandbytes' of the exact sum"
         assert 0 < (values - should).norm() / should.norm() < 0.12, "NF4 is off by a tenth"
@@ -473,3 +473,125 @@ def test_merged_into_4_bit_it_is_rounded_again_and_says_how_much(random_mixtral,
         assert (logits - wanted).norm() < (untouched - wanted).norm(), "most of so large an adapter survives"
         save_4bit(base, tmp_path)
         assert torch.equal(load_4bit(tmp_path, dtype="float32").eval()(IDS).logits, logits)
+
+
+def test_merging_into_a_stack_that_is_not_packed_takes_every_expert(random_mixtral):
+    plain = randomise(qlora.add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, alpha=8)).eval()
+    with torch.no_grad():
+        wanted = plain(IDS).logits
+        base, rows = qlora.merge_4bit(plain)
+        torch.testing.assert_close(base(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert len(rows) == 2 * 7 and all(row["error"] < 1e-4 for row in rows)
+
+
+def test_norms_are_those_of_the_adapter_that_is_active(random_mixtral, tmp_path):
+    model = trained(random_mixtral)
+    qlora.save_lora(model, tmp_path)
+    norms = qlora.adapter_norms(model)
+    model.load_adapter(str(tmp_path), "other")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".other." in name:
+                p.zero_()
+    assert qlora.adapter_norms(model) == norms
+    model.set_adapter("other")
+    assert set(qlora.adapter_norms(model).values()) == {0.0}
+
+
+def test_an_adapter_file_with_missing_tensors_is_warned_of(random_mixtral, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    qlora.save_lora(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    kept = load_file(file)
+    gone = next(k for k in kept if "lora_B" in k and "q_proj" in k)
+    save_file({k: v for k, v in kept.items() if k != gone}, file)
+    with pytest.warns(UserWarning, match="no values for 1 tensors"):
+        qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path)
+
+
+def two(random_mixtral, tmp_path, one=0.3, other=0.3):
+    from peft import LoraConfig
+
+    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=one)
+    qlora.save_lora(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=other), tmp_path)
+    more = LoraConfig.from_pretrained(str(tmp_path))
+    more.lora_dropout = other
+    model.add_adapter("second", more)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def test_two_adapters_with_different_dropout_do_not_train_together(random_mixtral, tmp_path):
+    model = two(random_mixtral, tmp_path, 0.3, 0.1)
+    ids = torch.arange(3, 23).view(1, 20)
+    with pytest.raises(ValueError, match="different dropout"):
+        model.train()(ids)
+    model.eval()(ids)
+
+
+def test_two_adapters_keep_their_dropout(random_mixtral, tmp_path):
+    model = two(random_mixtral, tmp_path)
+    seen = []
+    for m in model.modules():
+        if experts.is_experts(m):
+            m.register_forward_pre_hook(lambda m, _a: seen.append({n: f.dropout for n, f in m.lora_factors.items()}))
+    model.train()(torch.arange(3, 23).view(1, 20))
+    assert seen and all(s == {"gate_up_proj": 0.3, "down_proj": 0.3} for s in seen)
+
+
+def test_the_norms_are_root_mean_squares(random_mixtral):
+    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".lora_" in n:
+                p.fill_(0.5)
+    assert set(qlora.adapter_norms(model).values()) == {0.5}
+
+
+def test_a_second_add_lora_is_refused(random_mixtral):
+    model = qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4)
+    with pytest.raises(ValueError, match="has adapters already"):
+        qlora.add_lora(model.get_base_model(), r=4)
+
+
+def test_merging_keeps_generation_settings_and_quantisation(random_mixtral):
+    base = load_4bit(random_mixtral, dtype="float32", double_quant=False)
+    base.generation_config.max_new_tokens = 17
+    model = qlora.add_lora(base, r=4)
+    assert qlora.merge(model, "float32").generation_config.max_new_tokens == 17
+    merged, _ = qlora.merge_4bit(model)
+    packed = [p for p in merged.parameters() if isinstance(p, experts.Params4bit)]
+    assert packed and not any(p.quant_state.nested for p in packed)
+
+
+def test_two_adapters_of_a_router_add_up(random_mixtral, tmp_path):
+    parts = {"r": 4, "alpha": 8, "dropout": 0.0, "attention": False, "experts": False}
+    qlora.save_lora(randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), **parts), 7), tmp_path)
+    model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), **parts), 8).eval()
+    model.load_adapter(str(tmp_path), "two")
+    with torch.no_grad():
+        one = model(IDS).logits
+        model.base_model.set_adapter(["default", "two"])
+        both = model(IDS).logits
+        assert (both - one).abs().max() > 1e-2
+        torch.testing.assert_close(both, qlora.merge(model, "float32")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parameter_that_is_not_there_is_an_error(random_mixtral):
+    model = load_4bit(random_mixtral, dtype="float32")
+    config = qlora.lora_config(model, r=4)
+    peft_model = qlora.add_lora(model, r=4)
+    config.target_parameters = ["mlp.experts.no_such_stack"]
+    with pytest.raises(RuntimeError, match="no_such_stack"):
+        qlora.check_adapters(peft_model, config)
+
+
+def test_an_adapter_of_another_model_is_refused(random_mixtral, tmp_path):
+    qlora.save_lora(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"] = [*config["target_modules"], "no_such_projection"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="no_such_projection"):
+        qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path)

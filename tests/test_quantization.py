@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from helpers import experts
-from helpers.quantization import audit, load_4bit, random_4bit, router_modules, save_4bit
+from helpers import checkpoints, experts, nf4, quantization
+from helpers.quantization import Audit, audit, load_4bit, random_4bit, router_modules, save_4bit
 from helpers.tiny import tiny_config
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -58,7 +59,7 @@ def state_tensors(weight):
 
 
 def write_original(folder, tensors, shards=3):
-    """A checkpoint in Mixtral's original layout (one matrix an expert: w1, w2, w3), written by hand, in shards."""
+    """A checkpoint in Mixtral's original layout (one matrix per expert: w1, w2, w3), written by hand, in shards."""
     flat = {}
     for name, value in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -133,7 +134,7 @@ def test_the_audit_catches_what_stock_loading_does(random_mixtral):
 def test_the_audit_catches_a_quantised_router(random_mixtral):
     model = load_4bit(random_mixtral, dtype="float32")
     router = router_modules(model)[0]
-    router.weight = experts.quantize_stack(torch.randn(1, 64, 64))
+    router.weight = nf4.quantize_stack(torch.randn(1, 64, 64))
     assert any("router is 4-bit" in p for p in audit(model).problems)
 
 
@@ -142,7 +143,7 @@ def test_logits_equal_those_of_the_dequantised_model(random_mixtral):
     plain = AutoModelForCausalLM.from_pretrained(random_mixtral, dtype=torch.float32).eval()
     with torch.no_grad():
         for (packed, name), (module, _) in zip(stacks(model), stacks(plain), strict=True):
-            getattr(module, name).copy_(experts.dequantize_stack(getattr(packed, name)))
+            getattr(module, name).copy_(nf4.dequantize_stack(getattr(packed, name)))
         for name, param in plain.named_parameters():
             twin = model.get_parameter(name)
             if isinstance(twin, Params4bit) and param.ndim == 2:
@@ -157,7 +158,7 @@ def test_save_and_reload_is_bit_identical_and_small(random_mixtral, tmp_path):
     assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.float32}
     for (a, name), (b, _) in zip(stacks(model), stacks(again), strict=True):
         assert torch.equal(getattr(a, name).data, getattr(b, name).data)
-        assert torch.equal(experts.dequantize_stack(getattr(a, name)), experts.dequantize_stack(getattr(b, name)))
+        assert torch.equal(nf4.dequantize_stack(getattr(a, name)), nf4.dequantize_stack(getattr(b, name)))
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}, "safetensors only"
@@ -183,7 +184,7 @@ def test_a_saved_model_is_sharded_and_small_and_comes_back_bit_for_bit(random_mi
     stored = {k: v for file in files for k, v in load_file(file).items() if ".experts." in k}
     size = sum(v.numel() * v.element_size() for v in stored.values())
     weights = audit(model).parts["experts"].weights
-    assert 0.5 < size / weights < 0.6, f"{size / weights:.3f} bytes an expert weight"
+    assert 0.5 < size / weights < 0.6, f"{size / weights:.3f} bytes per expert weight"
     again = load_4bit(tmp_path, dtype="float32")
     for name, param in model.named_parameters():
         twin = again.get_parameter(name)
@@ -248,7 +249,7 @@ def test_a_missing_tensor_is_one_clear_error(checkpoint, part):
 @pytest.mark.parametrize("place", range(4))
 def test_a_shard_with_a_wrong_shape_is_one_clear_error(checkpoint, place, request):
     """transformers checks no shapes of quantised weights: a wrong one is loaded, and fails or computes nonsense later."""
-    single = "original" in request.node.callspec.id  # this layout has one matrix an expert
+    single = "original" in request.node.callspec.id  # this layout has one matrix per expert
     stacks_there = [".experts.3.w1.", ".experts.3.w2."] if single else [".experts.gate_up_proj", ".experts.down_proj"]
     file, name = shard_with(checkpoint, [*stacks_there, "q_proj", "embed_tokens"][place])
     tensors = load_file(file)
@@ -283,7 +284,7 @@ def test_pickled_weights_are_not_read(random_mixtral, tmp_path):
 
 def test_weights_that_are_not_numbers_are_refused():
     with pytest.raises(ValueError, match="not finite"):
-        experts.quantize_stack(torch.full((2, 64, 64), float("nan")))
+        nf4.quantize_stack(torch.full((2, 64, 64), float("nan")))
 
 
 # ------------------------------------------------------------------------------------------------------ random weights
@@ -299,7 +300,7 @@ def test_random_weights_are_made_in_4_bit():
         assert torch.equal(param, twin.get_parameter(name)), f"{name}: a seed gives the same weights"
     assert not torch.equal(model.model.layers[0].mlp.experts.down_proj, other.model.layers[0].mlp.experts.down_proj)
     for module, name in stacks(model):
-        values = experts.dequantize_stack(getattr(module, name))
+        values = nf4.dequantize_stack(getattr(module, name))
         assert abs(values.std() / config.initializer_range - 1) < 0.02 and abs(values.mean()) < 0.1 * values.std()
     with torch.no_grad():
         assert torch.isfinite(model(IDS).logits).all()
@@ -370,7 +371,7 @@ for what in sys.argv[3:]:
 
 @pytest.fixture(scope="module")
 def middle_sized(tmp_path_factory):
-    """112 M parameters in bf16, one matrix an expert, ten shards; and a tiny one."""
+    """112 M parameters in bf16, one matrix per expert, ten shards; and a tiny one."""
     folders = [tmp_path_factory.mktemp(name) for name in ("middle", "tiny")]
     generator = torch.Generator().manual_seed(0)
     for folder, config in zip(folders, (tiny_config(2048, 512, 5, 1792), tiny_config(256, 64, 1, 64)), strict=True):
@@ -480,3 +481,62 @@ def test_olmoe_loads_too(tmp_path):
     OlmoeForCausalLM(config).save_pretrained(tmp_path)
     report = audit(load_4bit(tmp_path, dtype="float32"))
     assert report.ok and report.parts["experts"].four_bit == 16 * 3 * 64 * 64
+
+
+def test_the_identity_of_a_checkpoint_notices_every_tensor(random_mixtral, tmp_path):
+    from helpers.checkpoints import identity
+
+    tensors = load_file(random_mixtral / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((random_mixtral / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    first = identity(tmp_path)
+    found = {first}
+    for name in tensors:
+        changed = tensors | {name: tensors[name] + 1e-3}
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        found.add(identity(tmp_path))
+    assert len(found) == 1 + len(tensors)
+
+
+def test_random_weights_leave_the_random_state_alone():
+    from helpers.tiny import tiny_config
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    random_4bit(tiny_config(64, hidden=64, layers=1, intermediate=64), "float32")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_weight_is_repacked_on_any_cpu(random_mixtral):
+    from bitsandbytes.nn import Linear4bit
+
+    model = load_4bit(random_mixtral)
+    assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit))
+
+
+def test_a_checkpoint_of_another_quantisation_is_refused(random_mixtral, tmp_path):
+    shutil.copytree(random_mixtral, tmp_path / "bnb")
+    file = tmp_path / "bnb" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another method"):
+        load_4bit(tmp_path / "bnb")
+
+
+def test_a_model_that_fails_the_audit_is_not_handed_out(random_mixtral, monkeypatch):
+    real = quantization.audit
+    monkeypatch.setattr(quantization, "audit", lambda model: dataclasses.replace(real(model), problems=("experts in bf16",)))
+    with pytest.raises(RuntimeError, match="audit failed: experts in bf16"):
+        load_4bit(random_mixtral)
+
+
+def test_the_headers_are_those_of_the_asked_revision(random_mixtral, monkeypatch):
+    asked, real = [], checkpoints.read_headers
+    monkeypatch.setattr(checkpoints, "read_headers", lambda path, **hub: (asked.append(hub), real(path))[1])
+    load_4bit(random_mixtral, revision="main")
+    assert asked == [{"revision": "main"}]
+
+
+def test_an_audit_of_nothing_says_its_problem():
+    with pytest.raises(RuntimeError, match="audit failed: no experts"):
+        Audit({}, ("no experts",)).check()

@@ -116,7 +116,9 @@ def test_relative_links_lead_somewhere():
         folder = (ROOT / page).parent
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
-            assert (folder / target).exists(), f"{page}: {target}"
+            file, _, place = target.partition("#")
+            assert (folder / file).exists(), f"{page}: {target}"
+            assert not place or f'id="{place}"' in (folder / file).read_text(encoding="utf-8"), f"{page}: {target}"
 
 
 def test_the_share_that_stock_loading_leaves_is_computed():

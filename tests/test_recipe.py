@@ -84,7 +84,7 @@ def test_the_arguments_of_every_large_profile_are_the_cards(name, tmp_path):
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
     assert (args.num_train_epochs, args.seed, args.data_seed) == (3, 42, 42)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert rows * PROFILES[name].context == 4 * 2 * 10240, "the card's tokens a step"
+    assert rows * PROFILES[name].context == 4 * 2 * 10240, "the card's tokens per step"
 
 
 class CatchGradients(TrainerCallback):
@@ -261,14 +261,25 @@ def test_the_held_out_loss_is_the_models_own_by_reply(base, tokenizer):
 
 def test_held_out_stories_are_not_trained_on():
     for name in ("tiny", "a100-80"):
-        held = {story.scenario for story, _ in held_out_stories(PROFILES[name])}
         from helpers.data import labelled_stories
 
-        trained = {story.messages for story, _ in labelled_stories(PROFILES[name])}
-        assert held and not {story.messages for story, _ in held_out_stories(PROFILES[name])} & trained
+        held, trained = ([story for story, _ in some(PROFILES[name])] for some in (held_out_stories, labelled_stories))
+        for part in (lambda s: s.messages, lambda s: (s.scenario, s.personas), lambda s: s.messages[0].text + s.scenario):
+            assert held and not set(map(part, held)) & set(map(part, trained))
 
 
 def test_the_log_has_the_held_out_loss_at_the_first_the_saved_and_the_last_step(base, tmp_path):
     result = train(base, tmp_path, small_profile(base, max_steps=11), held_out=held_out_stories(PROFILES["tiny"], 2))
     assert [r["step"] for r in result.history] == [1, 3, 6, 9, 11]
     assert [r["step"] for r in result.history if "held_out" in r] == [1, 6, 9, 11], "every 4 steps, at the row that follows"
+
+
+def test_gradients_are_clipped_and_checkpointing_is_not_reentrant(tmp_path):
+    from helpers import training
+
+    args = training.arguments(PROFILES["a100-80"], tmp_path)
+    assert (
+        args.max_grad_norm == 1.0
+        and args.gradient_checkpointing
+        and args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    )

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers import budget, experts, qlora
+from helpers import budget, experts, nf4, qlora
 from helpers.__main__ import main
 from helpers.profiles import PROFILES
 from helpers.quantization import audit, random_4bit
@@ -53,7 +53,7 @@ def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-    as_on_a_gpu = patch.dict(experts._PIECE, {"cpu": 2**40}), patch.dict(experts.GROUP, {"cpu": experts.GROUP["cuda"]})
+    as_on_a_gpu = patch.dict(nf4.PIECE, {"cpu": 2**40}), patch.dict(experts.GROUP, {"cpu": experts.GROUP["cuda"]})
     with as_on_a_gpu[0], as_on_a_gpu[1]:
         step()
         with budget.LiveBytes() as live:
@@ -127,7 +127,7 @@ def test_what_does_not_fit_together_fails():
     def transposed(self, e):
         return self.weight.new_empty(self.columns, self.rows, dtype=self.dtype)
 
-    with patch.object(experts.Unpacker, "__call__", transposed), pytest.raises(RuntimeError, match=r"reduction dim|shapes"):
+    with patch.object(nf4.Unpacker, "__call__", transposed), pytest.raises(RuntimeError, match=r"reduction dim|shapes"):
         rehearse(profile, 1, 512, config)
 
 

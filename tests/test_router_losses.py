@@ -33,6 +33,7 @@ from helpers.router_losses import (
     routing,
 )
 from helpers.tiny import tiny_config
+from tests import test_router_losses as rl
 
 TOP_K = 2
 Z, B = 0.1, 0.05  # coefficients large enough to be seen beside the token loss
@@ -931,3 +932,92 @@ def test_under_peft(router, checkpointing):
 if __name__ == "__main__":  # one of the processes of test_two_processes_give_the_gradient_of_one
     torch.set_num_threads(1)
     torch.save(course_step(sys.argv[1] + "/two", 2), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+
+
+def test_a_reduction_that_does_not_exist_is_refused_and_not_taken_for_another(mixtral):
+    x = [logits(0, 6, 8)] * 3
+    calls = lambda r: router_z_loss(x, reduction=r), lambda r: load_balancing_loss(x, 2, reduction=r)
+    for call in (*calls, lambda r: attach_router_losses(mixtral, reduction=r)):
+        with pytest.raises(ValueError, match="reduction='men': use one of mean, sum"):
+            call("men")
+
+
+def test_statistics_of_a_single_expert_and_of_padding_alone_are_numbers(mixtral):
+    from helpers.router_losses import _Routing
+
+    one = _Routing(torch.randn(5, 1), torch.zeros(5, 1, dtype=torch.long), torch.full((5,), 0.2))
+    assert all(t.isfinite().all() for t in one.statistics())
+    handle = attach_router_losses(mixtral.train())
+    handle.valid = torch.zeros_like(IDS)
+    mixtral(input_ids=IDS, use_cache=False)
+    assert handle.metrics and all(math.isfinite(v) for v in handle.metrics.values())
+    handle.remove()
+
+
+def test_a_mask_given_by_place_counts_too():
+    model = small().model  # without a head: nobody passes the mask on by name
+    handle = attach_router_losses(model, Z)
+    model(IDS, MASK, use_cache=False).last_hidden_state.sum().backward()
+    handle.remove()
+    assert handle.layer_metrics()["tokens"].tolist() == [MASK.sum()] * 2
+
+
+def test_extremes_are_those_of_all_passes_layers_and_real_tokens():
+    model = small()
+    handle = attach_router_losses(model, Z)
+    seen = []
+    for k, mask in enumerate((MASK, MASK.flip(0), MASK)):
+        ids = IDS.roll(k, 1)
+        out = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+        seen.append(torch.stack([x[mask.flatten().bool()] for x in out.router_logits]))
+        (out.logits.sum() * 0).backward()
+    handle.remove()
+    found = handle.layer_metrics()
+    highs, lows = (torch.stack([getattr(x, f)((1, 2)) for x in seen]) for f in ("amax", "amin"))
+    torch.testing.assert_close(found["max"], highs.amax(0))
+    torch.testing.assert_close(found["min"], lows.amin(0))
+    assert handle.metrics["router/max"] == pytest.approx(highs.max().item()), "over all layers"
+    assert handle.metrics["router/min"] == pytest.approx(lows.min().item())
+
+
+def test_padding_does_not_count_as_an_extreme():
+    model = small()
+    handle = attach_router_losses(model, Z)
+    one = torch.zeros_like(MASK)
+    one[3, 0] = 1  # a single real token: its own extremes, whatever the others' are
+    out = model(input_ids=IDS, attention_mask=one, output_router_logits=True, use_cache=False)
+    handle.remove()
+    x = torch.stack([v[one.flatten().bool()] for v in out.router_logits])
+    torch.testing.assert_close(handle.layer_metrics()["max"], x.amax((1, 2)))
+    torch.testing.assert_close(handle.layer_metrics()["min"], x.amin((1, 2)))
+
+
+def test_steps_with_reentrant_checkpointing_follow_each_other():
+    model = small()
+    batches = [BATCH, {**BATCH, "attention_mask": MASK.flip(0)}]
+    expected = [reference(model, mask=b["attention_mask"], **b)[0] for b in batches]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    handle = attach_router_losses(model, Z, B)
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert_same(gradients(model, model(**batch, use_cache=False).loss), wanted)
+    handle.remove()
+
+
+def test_a_failed_pass_leaves_nothing_running():
+    model = small()
+    handle = attach_router_losses(model, Z, B)
+    with pytest.raises(ValueError):
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("x")))
+        model(**BATCH, use_cache=False)
+    hook.remove()
+    assert handle._running == [] and handle._pass is None
+
+
+def test_a_mask_of_four_dimensions_says_nothing_of_padding():
+    model = rl.small()
+    handle = attach_router_losses(model, 0.1)
+    causal = torch.full((12, 12), torch.finfo(torch.float32).min).triu(1).expand(8, 1, 12, 12)
+    model(input_ids=rl.IDS, attention_mask=causal, use_cache=False).logits.sum().backward()
+    handle.remove()
+    assert handle.layer_metrics()["tokens"].tolist() == [96, 96]

@@ -16,7 +16,7 @@ from helpers.__main__ import main
 from helpers.profiles import ROOT
 from helpers.run_log import read_log
 from helpers.stories import save_stories
-from helpers.tokens import Collator
+from helpers.trainer import NumberedCollator
 from helpers.training import filled
 from tests import sharded_steps, small_runs
 
@@ -97,5 +97,6 @@ def test_rows_are_filled_up_so_that_nothing_is_seen_twice():
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "position_ids": [0, 1, 2], "number": 0, "stories": ["a"]}
     rows = filled([row] * 5, 4, pad=0)
     assert len(rows) == 8 and rows[:5] == [row] * 5 and len(filled([row] * 8, 4, 0)) == 8
-    batch = Collator(0)(rows[4:])
+    batch = NumberedCollator(0)(rows[4:])
+    assert batch["valid"].sum(1).tolist() == [3, 0, 0, 0], "what fills up is padding to the router losses, too"
     assert (batch["labels"][1:] == -100).all() and torch.equal(batch["labels"][0, :3], torch.tensor([-100, 6, 7]))

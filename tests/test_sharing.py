@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import json
 import os
@@ -13,14 +14,17 @@ from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import model_card, sharing, training
 from helpers.evaluation import held_out
 from helpers.lengths import label_replies
 from helpers.profiles import PROFILES, ROOT
 from helpers.prompts import CHAT_TEMPLATE, chat_messages, generation_prompt
+from helpers.quantization import load_4bit
 from helpers.stories import load_stories
 from helpers.tokens import encode
+from helpers.training import load_result, profile_of
 from tests.test_evaluation import table
 
 STORIES = load_stories(ROOT / "data_samples" / "stories")
@@ -137,8 +141,11 @@ def test_the_bundle_is_complete_and_its_checksums_hold(run):
 
 
 class FakeApi:
-    def __init__(self):
-        self.calls = []
+    def __init__(self, private: bool = True):
+        self.calls, self.private = [], private
+
+    def repo_info(self, *_, **__):
+        return SimpleNamespace(private=self.private)
 
     def __getattr__(self, name):
         return lambda *a, **k: self.calls.append((name, a, k))
@@ -249,15 +256,16 @@ def test_names_and_targets_reach_the_adapters_presets(run, tmp_path):
         ({"length": "gigantic"}, "unknown length"),
         ({"base_name": "x"}, "ORG/NAME"),
         ({"repo_id": "adapter"}, "USER/NAME"),
+        ({"per_expert": "tests"}, "tests exists"),
         ({"repo_id": "me/my adapter"}, "USER/NAME"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_is_written(run, request_, said, tmp_path):
     folder = tmp_path / "fresh"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("export", "presets", "README.md"))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, FileExistsError), match=said):
         sharing.check_request(folder, **request_)
-    if "repo_id" not in request_:
+    if not {"repo_id", "per_expert"} & set(request_):
         with pytest.raises(ValueError, match=said):
             sharing.bundle(folder, **request_)
     assert not (folder / "export").exists() and not (folder / "adapter" / "README.md").exists()
@@ -407,3 +415,97 @@ def test_a_model_that_would_not_fit_is_not_merged(run, monkeypatch):
     monkeypatch.setattr(sharing.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
     with pytest.raises(OSError, match=r"GiB of disk, and 0\.0 GiB are free"):
         sharing.merge_run(run, loaded=(model, tokenizer))
+
+
+def test_what_shall_be_private_does_not_go_into_a_repository_that_is_public(run):
+    """`create_repo(private=True, exist_ok=True)` leaves one that exists as it is."""
+    sharing.bundle(run)
+    api = FakeApi(private=False)
+    with pytest.raises(ValueError, match="me/adapter exists and is public: nothing was sent"):
+        sharing.push_to_hub(run, "me/adapter", send=True, api=api)
+    assert [name for name, *_ in api.calls] == ["create_repo"]
+    sharing.push_to_hub(run, "me/adapter", send=True, private=False, api=api)
+    assert [name for name, *_ in api.calls][-1] == "create_commit"
+
+
+def test_the_card_of_a_run_of_several_processes_counts_them_all(run):
+    facts = {**load_result(run).facts, "processes": 2, "micro_batch": 3, "accumulation": 4}
+    rows = dict(model_card._hyperparameters(profile_of(run), facts))
+    assert (rows["processes"], rows["total_train_batch_size"]) == (2, 24)
+
+
+def test_the_adapter_in_the_layout_of_transformers_4_is_the_same_adapter(run, tmp_path):
+    from safetensors.torch import load_file
+
+    from helpers import adapters_convert, qlora
+
+    there = sharing.export_per_expert(run, tmp_path / "per-expert")
+    names = set(load_file(there / "adapter_model.safetensors"))
+    assert any(name.endswith("layers.0.block_sparse_moe.experts.3.w1.lora_A.weight") for name in names)
+    assert {"SHA256SUMS", "tokenizer.json"} <= {p.name for p in there.iterdir()} and not list(tmp_path.glob("*.unfinished"))
+    back = adapters_convert.from_per_expert(there, tmp_path / "back")
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", back))
+    for name, tensor in ours.items():
+        if "experts" not in name:
+            assert torch.equal(tensor, theirs[name])
+    profile = profile_of(run)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    logits = []
+    for folder in (run / "adapter", back):
+        base = load_4bit(profile.base_path, dtype=profile.dtype, device_map="cpu")
+        with torch.no_grad():
+            logits.append(qlora.load_lora(base, folder).eval()(ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileExistsError, match="exists: write the adapter into another folder"):
+        sharing.export_per_expert(run, there)
+
+
+def test_pipes_in_a_claim_do_not_break_the_cards_table(run):
+    claims = [{"claim": "base: |Spearman| at most 0.1", "measured": "+0.05", "goal": "|..| <= 0.1", "reached": True}]
+    text = model_card.render(profile_of(run), load_result(run).facts, [], {"conclusions": claims})
+    (row,) = [line for line in text.splitlines() if "at most 0.1" in line]
+    assert row.replace(r"\|", "").count("|") == 5, "four columns"
+
+
+def test_conversations_of_ones_own_are_not_called_held_out(run):
+    tables, behaviour = sharing.evaluations(run) or [table(lambda c, i: 9)], {"conversations": {"held out": False}}
+    tables = [dataclasses.replace(t, label="adapter") for t in tables]
+    text = model_card.render(profile_of(run), load_result(run).facts, tables, behaviour)
+    assert "held-out" not in text and "which the training may have seen" in text
+    assert "held-out-conversations" in model_card.render(profile_of(run), load_result(run).facts, tables)
+
+
+def test_public_is_public_and_nothing_is_sent_unasked(run, capsys):
+    sharing.bundle(run)
+    api = FakeApi()
+    sharing.push_to_hub(run, "me/adapter", api=api)
+    assert api.calls == []
+    sharing.push_to_hub(run, "me/adapter", send=True, private=False, api=api)
+    assert api.calls[0][2]["private"] is False and "(public)" in capsys.readouterr().out
+
+
+def test_a_file_that_changes_after_the_list_is_not_sent(run, monkeypatch):
+    sharing.bundle(run)
+    card, api, shown = run / "adapter" / "README.md", FakeApi(), builtins.print
+    before = card.read_text()
+
+    def meanwhile(*args, **kwargs):
+        card.write_text(before + "more")
+        shown(*args, **kwargs)
+
+    monkeypatch.setattr(builtins, "print", meanwhile)
+    try:
+        with pytest.raises(ValueError, match="changed since it was listed"):
+            sharing.push_to_hub(run, "me/adapter", send=True, api=api)
+    finally:
+        card.write_text(before)
+    assert api.calls == []
+
+
+def test_a_merged_model_speaks_the_format(run, tmp_path):
+    from transformers import AutoTokenizer
+
+    for place in (run / "adapter").glob("chat_template.jinja"):
+        place.unlink()
+    folder = sharing.merge_run(run, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers import schema
 from helpers.profiles import ROOT
 from helpers.stories import (
     MAX_STORY_BYTES,
@@ -29,6 +30,7 @@ from helpers.stories import (
     reply_table,
     save_stories,
 )
+from helpers.tiny_stories import make_story
 
 quick = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -346,7 +348,7 @@ def test_folder_returns_the_good_and_lists_the_bad(tmp_path):
 def test_missing_or_empty_folder(tmp_path):
     with pytest.raises(StoryError, match="no such file or folder"):
         load_stories(tmp_path / "nowhere")
-    with pytest.raises(StoryError, match=r"no \.yaml or \.jsonl file in this folder"):
+    with pytest.raises(StoryError, match=r"no \.yaml, \.json or \.jsonl file in this folder"):
         load_stories(tmp_path)
 
 
@@ -553,3 +555,101 @@ def test_hidden_copies_are_not_stories_and_duplicates_are_named(tmp_path):
     assert said.endswith("one.yaml") and "two.yaml is word for word the story" in said
     lines = save_stories(found, tmp_path / "all.jsonl")
     assert duplicates(load_stories(lines)) == [f"{lines}:2 is word for word the story {lines}:1"]
+
+
+SAMPLE = ROOT / "data_samples" / "stories" / "return_half.yaml"
+
+
+def test_json_may_write_an_emoji_as_two_halves(tmp_path):
+    """Python's `json.dumps` does, and YAML leaves them apart."""
+    record = load_story(SAMPLE).record() | {"scenario": "A kite \U0001f600 over the mill."}
+    for name in ("one.json", "one.yaml"):
+        (tmp_path / name).write_text(json.dumps(record), encoding="utf-8")
+        assert "\\ud83d" in (tmp_path / name).read_text(encoding="utf-8")
+    found = load_stories(tmp_path)
+    assert len(found) == 2 and all(story.scenario == record["scenario"] for story in found), "a .json in a folder is read, too"
+    half = json.dumps(record).replace("\\ude00", "")
+    with pytest.raises(StoryError, match="U\\+D83D"):
+        parse_story(half)
+
+
+def test_what_yaml_takes_for_a_comment_is_said():
+    text = SAMPLE.read_text(encoding="utf-8")
+    name = load_story(SAMPLE).names.character
+    story = parse_story(text.replace(f"<FIRST>: {name}", f"<FIRST>: {name} #2", 1))
+    assert story.names.character == name
+    assert any("'#2' is a YAML comment and was left out; quote the text to keep it" in r for r in story.repairs)
+    assert parse_story(text).repairs == load_story(SAMPLE).repairs
+
+
+@pytest.mark.parametrize(
+    "line, said, at",
+    [
+        ("scenario: it was: dark", "put the text in quotes, or write it as a block", 3),
+        ("scenario: *dark", "put the text in quotes|aliases are not used", 3),
+        ("scenario: @dark", "put the text in quotes", 3),
+        ('scenario: "dark', "unexpected end of stream", 3),
+    ],
+)
+def test_the_usual_slips_in_yaml_are_named_where_they_are(line, said, at):
+    text = f"names: {{<FIRST>: Ferro, <SECOND>: Ana}}\npersona: {{<FIRST>: a, <SECOND>: b}}\n{line}\nconversation:\n"
+    with pytest.raises(StoryError, match=said) as caught:
+        parse_story(text + "- {name: <FIRST>, text: Yes.}\n" * 5)
+    assert caught.value.line == at
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path):
+    file = save_stories([make_story(1)], tmp_path / "mine.jsonl")
+    before = file.read_bytes()
+
+    def broken():
+        yield make_story(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_stories(broken(), file)
+    assert file.read_bytes() == before
+
+
+def test_before_a_reply_of_a_story_that_does_not_alternate():
+    says = [Message("character", "One."), Message("character", "Two."), Message("user", "Three."), Message("character", "Four.")]
+    story = Story(Pair("Ferro", "Ana"), Pair("p", "p"), "s", tuple(says))
+    assert [len(story.before_reply(i).messages) for i in range(3)] == [0, 1, 3]
+
+
+def test_a_cleaned_reply_can_stand_in_a_story():
+    for text in ("\x07 Yes.", "Yes. \x07", "a \x07 b", "Yes.\n\x07\n\n\nNo."):
+        said = schema.clean_reply(text)
+        assert schema.clean(said) == said
+        schema.check_text(said, "reply")
+
+
+def test_tabs_are_blanks():
+    assert schema.clean("a\tb") == "a b"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    file = save_stories([make_story(1)], tmp_path / "mine.jsonl")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_stories(file) == [make_story(1)]
+
+
+def test_a_story_of_a_file_of_lines_names_its_line(tmp_path):
+    save_stories([make_story(1), make_story(2)], tmp_path / "mine.jsonl")
+    assert [s.source.rpartition(":")[2] for s in load_stories(tmp_path)] == ["1", "2"]
+
+
+def test_two_stories_of_the_same_people_are_no_duplicates():
+    a = make_story(1)
+    b = Story(a.names, a.personas, a.scenario + " It rains.", a.messages)
+    assert duplicates([a, b]) == [] and len(duplicates([a, b, make_story(1)])) == 1 == len(duplicates([a, a]))
+
+
+def test_files_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    for n in (3, 1, 2):
+        save_stories([make_story(n)], tmp_path / f"{n}.jsonl")
+    original = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(sorted(original(self, pattern))))
+    assert load_stories(tmp_path) == [make_story(n) for n in (1, 2, 3)]

@@ -1,17 +1,22 @@
 """Ids, labels and packed batches: what is trained, and that packed stories do not see each other."""
 
+import copy
+import dataclasses
 import itertools
+import random
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
+from helpers import tokens
 from helpers.data import build_corpus
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE, chat_messages, format_story, generation_prompt, segments
-from helpers.stories import Message, Pair, Story, StoryErrors, load_story
+from helpers.stories import Message, Pair, Story, StoryError, StoryErrors, load_story
 from helpers.tiny_stories import make_story
 from helpers.tokens import (
     IGNORED,
@@ -369,3 +374,68 @@ def test_all_stories_that_do_not_fit_are_named_in_one_error_or_left_out(tiny, lo
     assert corpus == build_corpus([labelled[1], labelled[3]], tiny, 300, long=long)
     with pytest.raises(ValueError, match=r"no story is left: all 2 are longer than the context of 300 tokens"):
         build_corpus([labelled[0], labelled[2]], tiny, 300, long=long, too_long=[])
+
+
+def test_all_ids_that_a_tokenizer_puts_in_front_are_kept():
+    """GLM's puts two, neither of which is a bos_token."""
+    tokenizer = copy.deepcopy(make_tokenizer("no-bos"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
+    first = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("[gMASK]", "<sop>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=first)
+    tokenizer.bos_token = None
+    start = [number for _, number in first]
+    assert start_ids(tokenizer) == start
+    sample = encode(STORY, tokenizer, LENGTHS, eos="sample")
+    assert sample.input_ids[:2] == start and sample.labels[:2] == [IGNORED] * 2
+    whole = tokenizer(format_story(STORY, LENGTHS)).input_ids
+    assert sample.input_ids == [*whole, tokenizer.eos_token_id]
+    prompt = encode_prompt(STORY.before_reply(0), tokenizer, "short")
+    assert prompt == sample.input_ids[: len(prompt)]
+
+
+def test_compact_samples_are_the_same(tokenizer):
+    sample = Encoded([1, 2, 3], [IGNORED, 2, 3], dropped_turns=4)
+    small = sample.compact()
+    assert small.dropped_turns == 4 and small.trained == 2 and small.input_ids.tolist() == [1, 2, 3]
+
+
+def test_a_lot_is_packed_into_the_fewest_rows_where_decreasing_order_fails():
+    rng, context = random.Random(0), 20
+    while True:  # full rows, cut into pieces, of which decreasing order needs one row too many
+        rows, sizes = rng.randint(2, 4), []
+        for _ in range(rows):
+            cuts = sorted(rng.sample(range(1, context), rng.randint(2, 4)))
+            sizes += [b - a for a, b in itertools.pairwise([0, *cuts, context])]
+        if len(tokens._best_fit(sizes, sorted(range(len(sizes)), key=lambda i: -sizes[i]), context)) > rows:
+            break
+    assert len(pack([Encoded([1] * n, [IGNORED] * n) for n in sizes], context)) == rows
+
+
+def test_the_story_with_a_special_token_is_named():
+    good = dataclasses.replace(STORY, source="good.yaml")
+    refused = 0
+    for kind in KINDS:
+        tokenizer = make_tokenizer(kind)
+        typed = (Message("user", f"a{tokenizer.eos_token}b"), *STORY.messages[1:])
+        bad = dataclasses.replace(STORY, messages=typed, source="bad.yaml")
+        try:
+            list(encode_all([(good, None), (bad, None)], tokenizer))
+        except StoryError as error:
+            assert str(error).startswith("bad.yaml")
+            refused += 1
+    assert refused, "no tokenizer here refuses"
+
+
+def test_shuffled_orders_are_always_the_same():
+    rng, context = random.Random(0), 100
+    while True:  # full rows, cut into pieces, of which decreasing order needs one row too many
+        sizes = []
+        for _ in range(6):
+            cuts = sorted(rng.sample(range(1, context), 5))
+            sizes += [b - a for a, b in zip([0, *cuts], [*cuts, context], strict=True)]
+        if len(tokens._best_fit(sizes, sorted(range(len(sizes)), key=lambda i: -sizes[i]), context)) > 6:
+            break
+    samples = [Encoded([1] * n, [IGNORED] * n) for n in sizes]
+    first = pack(samples, context)
+    print(sizes, len(first))
+    assert all(pack(samples, context) == first for _ in range(3))

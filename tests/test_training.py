@@ -235,3 +235,17 @@ def test_held_out_stories_beyond_a_short_context_are_left_out(tmp_path):
     result = training.train(short, held[:1] * 4, tmp_path, progress=None, held_out=[*held, (long, [None])], say=said.append)
     assert result.history[-1]["held_out"]["all"] > 0
     assert "1 of 3 held-out stories are longer than the context, and not measured on" in said
+
+
+def test_a_finished_run_whose_adapter_is_gone_makes_it_again(tmp_path, capsys):
+    import shutil
+
+    from tests import small_runs
+
+    base = small_runs.make_base(tmp_path / "base")
+    first = small_runs.train(base, tmp_path / "run")
+    weights = (first.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(first.adapter)
+    again = small_runs.train(base, tmp_path / "run")
+    assert "is gone: it is made again from the last checkpoint" in capsys.readouterr().out
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights and again.step == first.step

@@ -1,9 +1,10 @@
-"""Throughput of sampling on the tiny profile: batched with shared prompts, against one by one. Needs a finished run.
+"""Throughput of sampling on the tiny profile: in batches with shared prompts, against transformers' `generate`.
 
-python benchmarks/generation.py RUN        results: benchmarks/results/generation-cpu.json
+python benchmarks/generation.py RUN        RUN is a finished one; results: benchmarks/results/generation-cpu.json
 
 The ways take turns in one process; medians over the rounds. Times are processor seconds, which other programs disturb less.
-One-by-one samples a few of the prompts that the batches hold, so all numbers are per reply. Greedy texts must be equal.
+One-by-one samples a few of the prompts that the batches hold, so all numbers are per reply. Greedy texts must be equal. The
+library's batches are padded at the left, and end at the end token alone: stop strings differ from story to story.
 """
 
 from __future__ import annotations
@@ -49,8 +50,25 @@ def main(run: str) -> None:
         row = out[0, ids.shape[1] :].tolist()
         return _reply(tokenizer, row, prompt, ends).text, len(row)
 
+    def library_in_batches(size: int) -> list[int]:
+        """Tokens of each reply; what a row is padded with, before and behind, does not count."""
+        made = []
+        for start in range(0, len(prompts), size):
+            rows = [p.ids for p in prompts[start : start + size]]
+            width = max(map(len, rows))
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + list(r) for r in rows])
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=420, do_sample=True, temperature=0.8,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                )[:, width:].tolist()  # fmt: skip
+            made += [1 + row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row) for row in out]
+        return made
+
     ways = {
         "transformers generate, one by one": lambda: [library(p, do_sample=True, temperature=0.8)[1] for p in few],
+        "transformers generate, batches of 64": lambda: library_in_batches(64),
         "ours, one by one": lambda: [generate_replies(model, tokenizer, [p])[0].tokens for p in few],
         "ours, batches of 64": lambda: [r.tokens for r in generate_replies(model, tokenizer, prompts, batch_size=64)],
         "ours, batches of 256": lambda: [r.tokens for r in generate_replies(model, tokenizer, prompts, batch_size=256)],
@@ -64,7 +82,7 @@ def main(run: str) -> None:
             spent = time.process_time() - began
             seconds[name].append(spent / len(made))
             tokens[name].append(sum(made) / spent)
-            print(f"round {turn + 1}  {name:<36}{seconds[name][-1]:8.4f} s a reply {tokens[name][-1]:8.0f} tokens/s", flush=True)
+            print(f"round {turn + 1}  {name:<38}{seconds[name][-1]:8.4f} s a reply {tokens[name][-1]:8.0f} tokens/s", flush=True)
     alone = [library(p, do_sample=False)[0] for p in few]
     together = [r.text for r in generate_replies(model, tokenizer, prompts, greedy, batch_size=256)[: len(few)]]
     median = {name: statistics.median(values) for name, values in tokens.items()}
@@ -72,7 +90,7 @@ def main(run: str) -> None:
     rows = {
         name: {
             "seconds a reply": statistics.median(seconds[name]),
-            "tokens a second": median[name],
+            "tokens per second": median[name],
             "times the library one by one": median[name] / slowest,
             "spread": (max(tokens[name]) - min(tokens[name])) / median[name],
         }
@@ -90,7 +108,7 @@ def main(run: str) -> None:
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
-        print(f"{name:<36}{row['tokens a second']:8.0f} tokens/s {row['times the library one by one']:6.1f}x")
+        print(f"{name:<38}{row['tokens per second']:8.0f} tokens/s {row['times the library one by one']:6.1f}x")
 
 
 if __name__ == "__main__":

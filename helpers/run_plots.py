@@ -138,7 +138,7 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
             [r["step"] for r in held], [r["held_out"]["all"] for r in held], color=ORANGE, marker="D", ls="--", label="held out"
         )
         loss.legend(fontsize=8)
-    loss.set(ylabel="nats per token", title=f"loss on the character's replies {title}")
+    loss.set(ylabel="nats per token", title=f"loss on replies {title}")
     rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
     _beside(rate, steps, [r["learning_rate"] for r in rows], GREEN, "learning rate (right)")
     rate.set(ylabel="gradient norm", title="gradient norm and learning rate")

@@ -51,6 +51,14 @@ def test_cells_are_small_and_parse(notebook):
         assert len(cell.source.splitlines()) <= (22 if number else 24), cell.source[:80]
 
 
+def test_a_reference_solution_is_folded_in_jupyter_and_in_colab(notebook):
+    cells = [c for c in code_cells(notebook) if re.search(r"^(def )?reference_", c.source, re.MULTILINE)]
+    assert cells or "def judge" not in "".join(c.source for c in code_cells(notebook))
+    for cell in cells:
+        assert cell.metadata.get("jupyter", {}).get("source_hidden") and cell.metadata.get("cellView") == "form", cell.source[:60]
+        assert cell.source.startswith("# @title "), "Colab shows this line alone"
+
+
 def test_no_dead_code_is_shown(notebook):
     for cell in code_cells(notebook):
         for node in ast.walk(ast.parse(cell.source)):

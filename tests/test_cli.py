@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -324,7 +325,9 @@ def test_only_names_notebooks(capsys):
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(tmp_path):
-    command = f"{sys.executable} -m helpers budget --profile tiny | head -c 1 > {os.devnull}; exit ${{PIPESTATUS[0]}}"
+    command = (
+        f"{shlex.quote(sys.executable)} -m helpers budget --profile tiny | head -c 1 > {os.devnull}; exit ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
     assert "Traceback" not in done.stderr and "Errno" not in done.stderr and done.returncode in (0, 141)
 

@@ -129,7 +129,7 @@ def test_conversations_of_ones_own_are_measured_and_named(small_run, tmp_path):
     assert "first of 3 (--conversations" in said[0] and "not known here" in said[0]
     names = sorted(p.stem for p in (folder / "evaluation").glob("*.json"))
     assert names == ["1-adapter", "3-base", "5-random"]
-    assert results["conversations"] == {"from": str(shallow), "first": 2, "deep": 0}
+    assert results["conversations"] == {"from": str(shallow), "first": 2, "deep": 0, "held out": False}
     assert "too few conversations" in said[-1]
     said.clear()
     experiment.evaluate_run(folder, size, SHORT, say=said.append, stories=mine)

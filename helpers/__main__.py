@@ -268,12 +268,13 @@ def _check_machine(profile, options) -> None:
 
     anyway = "or say --anyway"
     short = environment.lacking_memory(profile)
-    if short and options.base is None:  # of another base, the profile's number says nothing
-        # A shorter context or smaller micro-batch may fit all the same; --shrink gets down to one row.
-        rows = 1 if options.shrink else profile.micro_batch
-        fits = budget.estimate(profile, rows).fits(environment.gpu_memory_gib() or 0.0)
-        short = "" if fits else short
-    if short and options.base is None:
+    # A shorter context or smaller micro-batch may fit all the same; --shrink gets down to one row.
+    rows = 1 if options.shrink else profile.micro_batch
+    if (
+        short
+        and options.base is None  # of another base, the profile's number says nothing
+        and not budget.estimate(profile, rows).fits(environment.gpu_memory_gib() or 0.0)
+    ):
         raise ValueError(f"profile {profile.name} {short}: leave out --profile for the one that fits here, {anyway}")
     disk = environment.check_disk(profile, options.output)
     if not disk.ok:

@@ -369,7 +369,10 @@ def _trained(model: PeftModel) -> tuple[Deltas, dict[str, nn.Module]]:
 
 
 def active_factors(model: PeftModel) -> list[experts.Factors]:
-    """A (E, r, in) and B (E, out, r) of every adapter that is active, as views; E is 1 for a linear layer. As `merge` refuses."""
+    """A (E, r, in) and B (E, out, r) of every adapter that is active, as views; E is 1 for a linear layer.
+
+    ValueError for adapters that `merge` refuses.
+    """
     return [factors for of_one in _trained(model)[0].values() for factors in of_one]
 
 

@@ -216,24 +216,25 @@ def stories_as_lines(folder):
 def test_failures_of_libraries_are_one_sentence(tmp_path, monkeypatch, capsys):
     from safetensors import SafetensorError
 
+    # `_read`, not `load_stories`: a module that is first imported meanwhile would keep the stand-in for all later tests.
     for error in (
         RuntimeError("2 experts are not 4-bit\nmore"),
         SafetensorError("header too small"),
         ImportError("no flash_attn"),
     ):
 
-        def fails(_path, _problems=None, error=error):
+        def fails(_path, error=error):
             raise error
 
-        monkeypatch.setattr("helpers.stories.load_stories", fails)
+        monkeypatch.setattr("helpers.stories._read", fails)
         assert main(["stories", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert str(error).splitlines()[0] in said and "COURSE_TRACEBACK" in said and said.count("\n") == 1
 
-    def bug(_path, _problems=None):
+    def bug(_path):
         raise KeyError("a bug of ours is not hidden")
 
-    monkeypatch.setattr("helpers.stories.load_stories", bug)
+    monkeypatch.setattr("helpers.stories._read", bug)
     with pytest.raises(KeyError):
         main(["stories", str(tmp_path)])
     monkeypatch.setenv("COURSE_TRACEBACK", "1")

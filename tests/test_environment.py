@@ -95,6 +95,9 @@ def test_bf16_goes_by_compute_capability(monkeypatch, capability, ok):
 
 def test_every_download_has_its_size():
     assert {p.base for p in profiles.PROFILES.values() if p.name != "tiny"} == set(environment.DOWNLOAD_GIB)
+    olmoe, mixtral = environment.DOWNLOAD_GIB.values()
+    lesson = (ROOT / "notebooks" / "04_qlora_training.ipynb").read_text(encoding="utf-8")
+    assert f"the download ({olmoe} GiB for OLMoE, {mixtral} for Mixtral)" in lesson
 
 
 def test_report():

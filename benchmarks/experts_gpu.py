@@ -19,6 +19,8 @@ compare     the same step on fewer layers (--compare-layers): ours, stock PEFT o
             parametrisation with PEFT's product; both have 16-bit attention and no dropout, which is to their advantage
 routers     the same step with z-loss and balancing loss, in turns with one without
 attention   rows packed from four documents: SDPA with its mask and document by document, flex_attention, flash-attn if there
+decode      tokens that one conversation, and 64 at once, get per second after 256 tokens each: experts through bitsandbytes'
+            fused product, in turns with unpacking them
 
 What a case measured is written at once; a case that fails (memory, a missing package) leaves its error in the result, and the
 next one runs. After `--minutes` no further measurement begins. `--smoke` runs everything on tiny shapes on the CPU, in a minute.
@@ -29,6 +31,7 @@ It needs torch, transformers, peft and bitsandbytes, and no network. It was neve
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -53,9 +56,10 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from helpers import budget, experts, losses, qlora
+from helpers import budget, experts, losses, nf4, qlora
+from helpers.audit import audit
 from helpers.environment import hardware, versions
-from helpers.quantization import audit, random_4bit
+from helpers.quantization import random_4bit
 from helpers.rehearsal import CARD_TOKENS
 from helpers.router_losses import attach_router_losses
 
@@ -387,8 +391,40 @@ class Bench:
             self.clock.say(f"attention: {name}: {described_step(found['steps'][name])}")
             yield found
 
+    def decode(self) -> Iterator[dict]:
+        model, kept = self.step().model.eval(), dict(nf4.FUSED)
+        found = {"context": min(256, self.o.row), "conversations": {}}
+        try:
+            for rows in (1, 64):
+                seconds = found["conversations"][rows] = {"fused": [], "unpacked": []}
+                for repeat in range(self.o.repeats + 1):
+                    if repeat > 1 and self.clock.over:
+                        break
+                    for name, took in seconds.items():
+                        nf4.FUSED.update(kept if name == "fused" else dict.fromkeys(kept, 0))
+                        one = self.decoded(model, rows, found["context"])
+                        if repeat:  # the first turn warms up
+                            took.append(one)
+                for name, took in seconds.items():
+                    speed = rows / statistics.median(took)
+                    seconds[name] = {"seconds_a_token": statistics.median(took), "tokens_per_second": speed}
+                    self.clock.say(f"decode: {rows} conversations, {name}: {speed:,.0f} tokens/s")
+                yield found
+        finally:
+            nf4.FUSED.update(kept)
+            model.train()
 
-CASES = ("ceiling", "steps", "profile", "compare", "routers", "attention")
+    @torch.no_grad()
+    def decoded(self, model: nn.Module, rows: int, context: int, tokens: int = 8) -> float:
+        """Seconds of a decoding step: the mean of a few, as each is too short to be timed alone."""
+        ids = torch.randint(3, model.config.vocab_size, (rows, context), device=self.device)
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        step = functools.partial(model, use_cache=True, past_key_values=cache)
+        (took,) = timed(lambda: [step(input_ids=ids[:, :1]) for _ in range(tokens)], self.device, 0)
+        return took / tokens
+
+
+CASES = ("ceiling", "steps", "profile", "compare", "routers", "attention", "decode")
 
 
 def described_step(entry: dict) -> str:

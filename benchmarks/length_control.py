@@ -120,7 +120,7 @@ def texts_to_read(run: Path, conversations: int = 4, samples: int = 2) -> list[d
 
 
 def main() -> None:
-    from helpers import environment
+    from helpers import environment, files
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the runs are, or will be")
@@ -134,11 +134,7 @@ def main() -> None:
         results["variants"] = {n: results["variants"][n] for n in VARIANTS if n in results["variants"]}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
         results |= {"hardware": environment.hardware(), "versions": environment.versions(), "commit": commit}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, separators=(",", ":")) + "\n"
-        partial = RESULTS.with_name(RESULTS.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(RESULTS)
+        files.write_text(RESULTS, json.dumps(results, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

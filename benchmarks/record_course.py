@@ -125,12 +125,19 @@ def profiles(results: dict, old: str) -> str:
 
 
 @functools.cache
+def rehearsed():
+    """The card's step; seconds, so it is made once."""
+    from helpers.profiles import PROFILES
+    from helpers.rehearsal import rehearse
+
+    return rehearse(PROFILES["a100-80"])
+
+
 def hours(gpu: str) -> float:
     """The least that the card's training takes on a GPU, by the rehearsal's roofline."""
-    from helpers.profiles import PROFILES
-    from helpers.rehearsal import CARD_TOKENS, rehearse
+    from helpers.rehearsal import CARD_TOKENS
 
-    counted = rehearse(PROFILES["a100-80"])
+    counted = rehearsed()
     return CARD_TOKENS / (counted.rows * counted.tokens) * counted.least_seconds(gpu) / 3600
 
 

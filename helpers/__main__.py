@@ -109,11 +109,11 @@ def _stories(options) -> int:
         profile = choose(options.profile)[0]
         labelled = labelled_stories(profile, stories)
         if options.trl:
-            _write_lines(options.trl, interchange.trl_rows(labelled), json.dumps)
+            _write(options.trl, (json.dumps(row, ensure_ascii=False) + "\n" for row in interchange.trl_rows(labelled)))
         if options.axolotl:
             tokenizer = tokenizer or data_card.load_tokenizer(profile.base_path)
             rows = interchange.axolotl_rows(labelled, tokenizer, profile.context, profile.long_stories)
-            _write_lines(options.axolotl, rows, json.dumps)
+            _write(options.axolotl, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             config = interchange.axolotl_yaml(profile, options.axolotl.name)
             _write(options.axolotl.with_suffix(".yaml"), [config])
     return 1 if problems else 0
@@ -142,20 +142,10 @@ def _check_outputs(options) -> None:
         )
 
 
-def _write_lines(file: Path, rows, dumps) -> None:
-    _write(file, (dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def _write(file: Path, lines) -> None:
-    """Atomic."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as out:
-            out.writelines(lines)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    from helpers.files import write_lines
+
+    write_lines(file, lines)
     print(file)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.files import write_text
 from helpers.generation import SAMPLERS, Prompt, Sampling, stream_reply
 from helpers.lengths import count_words, rank
 from helpers.schema import Message, Story, clean_reply
@@ -165,8 +166,6 @@ def terminal(model, tokenizer, settings: Sequence[Story], ask=input, write=print
 
 def save_transcript(chat: Chat, folder: str | Path) -> Path:
     """The talk as a text file of its own, named after the time."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{datetime.now():%Y-%m-%d_%H-%M-%S}.txt"
-    file.write_text(f"{chat.introduction()}\n\n{chat.transcript()}\n", encoding="utf-8", newline="\n")
+    file = Path(folder) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}.txt"
+    write_text(file, f"{chat.introduction()}\n\n{chat.transcript()}\n")
     return file

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from helpers.data import Labelled
-from helpers.qlora import active_factors
+from helpers.merging import active_factors
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import threading
 import time
 from pathlib import Path
 
+from helpers.files import write_json
 from helpers.profiles import ROOT
 
 NOTEBOOKS = (
@@ -135,7 +135,7 @@ def run_course(in_place: bool = False, only: list[str] | None = None) -> Path:
     if len(executed) == len(NOTEBOOKS):
         facts = {"notebooks": measured, "profile": profiles.choose()[0].name, "date": f"{datetime.date.today()}"}
         facts |= {"hardware": environment.hardware(), "versions": environment.versions()}
-        (build / "course.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(build / "course.json", facts)
     page = site.build(executed, build)
     print(f"done in {(time.monotonic() - started) / 60:.1f} minutes: open {page.relative_to(ROOT)}")
     return page

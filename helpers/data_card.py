@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data import labelled_stories
+from helpers.files import write_text
 from helpers.lengths import LENGTHS, count_words, length_class, word_range
 from helpers.profiles import PROFILES
 from helpers.schema import Story
@@ -144,5 +145,4 @@ def write_card(file: Path, text: str) -> None:
     _, found_too, after = rest.partition(END)
     if not (found and found_too):
         raise ValueError(f"{file} has no lines {BEGIN} and {END}: add them where the statistics belong")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    write_text(file, f"{before}{BEGIN}\n{text}\n{END}{after}")

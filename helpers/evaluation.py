@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from helpers import length_stats as stats
+from helpers.files import write_json
 from helpers.generation import SAMPLERS, Progress, Prompt, Sampling
 from helpers.lengths import LENGTHS, count_words, length_class
 from helpers.profiles import ROOT, Profile
 from helpers.replies import recorded_replies
 from helpers.stories import Story, load_stories
-from helpers.training import write_json
 
 CONDITIONS: tuple[str | None, ...] = (*LENGTHS, None)
 FIRST, DEEP = 0, 3  # which reply is asked for; seven messages stand before the fourth
@@ -173,16 +173,17 @@ class LengthTable:
             return everything
         ranks, words = [LENGTHS.index(r["condition"]) for r in asked], [r["words"] for r in asked]
         got = [stats.word_class(w) for w in words]
-        low, high = stats.spearman_interval(ranks, words, [r["story"] for r in asked])
+        conversations = [r["story"] for r in asked]
+        low, high = stats.spearman_interval(ranks, words, conversations)
         rho = stats.spearman(ranks, words)
         classes = [r for r in self.rows if r["in class"] is not None]
         medians = [float("inf") if r["median"] is None else r["median"] for r in classes]
         ends = [[math.inf if r[k] is None else r[k] for k in ("median low", "median high")] for r in classes]
         apart = stats.separated(ends)
-        chance, chance_p = stats.permuted_information(ranks, got)
+        chance, chance_p = stats.permuted_information(ranks, got, conversations)
         return {
             "replies": len(asked),
-            "conversations": len({r["story"] for r in asked}),
+            "conversations": len(set(conversations)),
             "spearman": rho,
             "spearman_low": low,
             "spearman_high": high,

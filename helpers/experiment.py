@@ -30,12 +30,13 @@ from helpers.evaluation import (
     size_of,
     with_room,
 )
+from helpers.files import write_json
 from helpers.generation import SAMPLERS, Progress, Sampling
 from helpers.lengths import LENGTHS, label_replies
 from helpers.profiles import ROOT, Profile
 from helpers.stories import Story, StoryError, load_stories
 from helpers.tokens import encode
-from helpers.training import OF_PROFILE, TrainingResult, free, load_result, profile_of, train, write_json
+from helpers.training import OF_PROFILE, TrainingResult, free, load_result, profile_of, train
 
 Say = Callable[[str], None]
 RECORDED = ROOT / "benchmarks" / "results" / "length-control-tiny.json"

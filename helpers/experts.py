@@ -98,8 +98,9 @@ class _Pass:
     ):
         self.module, self.order, self.k, self.groups, self.rules, self.seed = module, order, k, groups, rules, seed
         self.token = order // k
-        few = 2 * sum(len(group.spans) for group in groups) <= module.num_experts
-        self.up, self.down = (Unpacker(getattr(module, name), dtype, few) for name in STACKS)
+        # decoding one token: what belongs to the other experts should not be touched at all
+        self.few = 2 * sum(len(group.spans) for group in groups) <= module.num_experts
+        self.up, self.down = (Unpacker(getattr(module, name), dtype, self.few) for name in STACKS)
 
     def mask(self, group: _Group, projection: int) -> Tensor | None:
         """What dropout leaves of a projection's input (n, in): from a generator of its own, so that backward draws it again."""
@@ -115,14 +116,18 @@ class _Pass:
         """x (T, H) → pre-activations (n, 2I)."""
         x = x[self.token[group.rows]]
         thin = None if a is None else _into_rank(group, _kept(x, self.mask(group, 0)), a, self.rules[0])
-        return _product(group, x, self.up, thin, b)
+        return self.product(group, x, self.up, thin, b)
 
     def gate_down(self, group: _Group, h: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor) -> None:
         """Pre-activations (n, 2I) → the experts' outputs, in their rows of `out` (T·k, H)."""
         blocks = [self.module._apply_gate(h[block]) for block in _row_blocks(h)]
         gated = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         thin = None if a is None else _into_rank(group, _kept(gated, self.mask(group, 1)), a, self.rules[1])
-        _product(group, gated, self.down, thin, b, out[group.rows])
+        self.product(group, gated, self.down, thin, b, out[group.rows])
+
+    @staticmethod
+    def product(group: _Group, x: Tensor, unpack: Unpacker, *rest) -> Tensor:
+        return (_fused_product if unpack.fuses(group.spans) else _product)(group, x, unpack, *rest)
 
     def new_rows(self, like: Tensor) -> Tensor:
         """(T·k, H) for the groups to fill. No group has the last ones if transformers says by an index of E: no expert."""
@@ -161,7 +166,7 @@ def _into_rank(group: _Group, x: Tensor, factors: Tensor, rule: _Rule) -> Tensor
     """x (n, m) through each expert's factor (r, m), and times the adapter's scale → (n, r)."""
     thin = x.new_empty(len(x), factors.shape[1])
     for e, rows in group.spans:
-        _thin(_rows(x, rows), factors[e].T, _rows(thin, rows))
+        _thin(_rows(x, rows), factors[e].to(x.dtype).T, _rows(thin, rows))
     return thin if rule.scale == 1 else thin.mul_(rule.scale)
 
 
@@ -176,10 +181,21 @@ def _product(
     for e, rows, pieces in unpack.over(group.spans):
         part_x, part_y = _rows(x, rows), _rows(y, rows)
         if thin is not None:
-            torch.mm(_rows(thin, rows), b[e].T, out=part_y)
+            torch.mm(_rows(thin, rows), b[e].to(x.dtype).T, out=part_y)
         for first, w in pieces:
             piece = part_y if len(w) == unpack.rows else part_y[:, first : first + len(w)]
             piece.addmm_(part_x, w.T, beta=0 if thin is None else 1)
+    return y
+
+
+def _fused_product(
+    group: _Group, x: Tensor, unpack: Unpacker, thin: Tensor | None, b: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """The same for few rows, where unpacking would take longer than multiplying."""
+    y = x.new_empty(len(x), unpack.rows) if out is None else out
+    for e, rows in group.spans:
+        whole, part_y = unpack.times(_rows(x, rows), e), _rows(y, rows)
+        part_y.copy_(whole) if thin is None else torch.addmm(whole, _rows(thin, rows), b[e].to(x.dtype).T, out=part_y)
     return y
 
 
@@ -378,9 +394,9 @@ def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
         if lora is None:
             factors += [None, None]
             rules.append(_Rule())
-        else:  # B is a view of PEFT's (out, r·E), whose every use would otherwise gather single numbers
+        else:
             p = lora.dropout if self.training else 0.0
-            factors += [lora.A.to(dtype), lora.B.to(dtype).contiguous()]
+            factors += [lora.A, lora.B]
             rules.append(_Rule(p, lora.scale / (1 - p) if p < 1 else 0.0))
     # Drawn from torch's CPU generator, which checkpointing restores: the recomputation drops the same entries.
     seed = int(torch.randint(2**31, ())) if any(rule.dropout for rule in rules) else 0
@@ -389,7 +405,11 @@ def nf4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
         groups = groups_of(_ends(chosen, self.num_experts), stack_shape(stack), order.device.type)
         job = _Pass(self, dtype, order, top_k_index.shape[1], groups, rules, seed)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *factors)):
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *factors))
+        if learns or not job.few:
+            # B is a view of PEFT's (out, r·E), whose every use would gather single numbers: so once, for all experts
+            factors = [None if t is None else t.to(dtype).contiguous() for t in factors]
+        if learns:
             kept: list[Tensor] = []
             stand_in = _ExpertMLP.apply(job, kept, x, weight, *factors)
             detached = (None if t is None else t.detach() for t in (weight, *factors[2:]))

@@ -132,14 +132,23 @@ def mutual_information(asked: Sequence[int], got: Sequence[int], corrected: bool
     return float(min(max(0.0, bits), most))
 
 
-def permuted_information(asked: Sequence[int], got: Sequence[int], draws: int = 200, seed: int = 0) -> tuple[float, float]:
+def permuted_information(
+    asked: Sequence[int], got: Sequence[int], groups: Sequence[Hashable] | None = None, draws: int = 200, seed: int = 0
+) -> tuple[float, float]:
     """(mean, p) of the plain mutual information when the asked classes are shuffled: what no control at all would give.
 
-    p: share of shuffles that reach the real value, counting the real one (Phipson and Smyth 2010), so never 0.
+    Within each of `groups` (conversations), so that what is alike in a conversation stays as it is; without, over all. p: share
+    of shuffles that reach the real value, counting the real one (Phipson and Smyth 2010), so never 0.
     """
-    rng = np.random.default_rng(seed)
-    real = mutual_information(asked, got, corrected=False)
-    shuffled = [mutual_information(rng.permutation(asked).tolist(), got, corrected=False) for _ in range(draws)]
+    rng, asked = np.random.default_rng(seed), np.asarray(asked)
+    numbers = np.empty(len(asked), dtype=int)
+    for number, rows in enumerate([np.arange(len(asked))] if groups is None else _members(groups, len(asked))):
+        numbers[rows] = number
+    real, shuffled, places = mutual_information(asked.tolist(), got, corrected=False), [], np.argsort(numbers, kind="stable")
+    for _ in range(draws):
+        drawn = np.empty_like(asked)
+        drawn[places] = asked[np.lexsort((rng.random(len(asked)), numbers))]  # by group, and within it at random
+        shuffled.append(mutual_information(drawn.tolist(), got, corrected=False))
     return float(np.mean(shuffled)), (1 + sum(s >= real - 1e-12 for s in shuffled)) / (draws + 1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from helpers.conclusions import answer
 from helpers.evaluation import LengthTable
 from helpers.experiment import finished
+from helpers.files import write_text
 from helpers.generation import SAMPLERS, Sampling
 from helpers.lengths import LENGTHS, word_range
 from helpers.profiles import PROFILES, ROOT, Profile
@@ -43,9 +44,7 @@ def write_model_card(
     language = "en" if source == OF_PROFILE else None
     text = render(profile, result.facts, evaluations(run_dir), _behaviour(run_dir), datasets, license, language)
     card = result.adapter / "README.md"
-    partial = card.with_name("README.md.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(card)
+    write_text(card, text)
     return card
 
 

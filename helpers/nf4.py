@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator
 
 import bitsandbytes.functional as bnbf
 import torch
+from bitsandbytes import matmul_4bit
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
 BLOCK = 64  # weights that share one scale; never straddles experts because in_features is a multiple of it
 SLICE = {"cpu": 2**20, "cuda": 2**28}  # weights quantised at a time; multiples of BLOCK
 PIECE = {"cpu": 2**20}  # weights unpacked at a time: 4 MiB stay in the processor's cache; a GPU takes a whole expert
+FUSED = {"cuda": 64}  # rows of an expert up to which bitsandbytes' fused product may be faster; it has none for CPUs
 
 
 def stack_shape(weight: Tensor) -> torch.Size:
@@ -92,11 +94,26 @@ class Unpacker:
         for e, rows in spans:
             yield e, rows, [(0, stack[e - first])]
 
+    def fuses(self, spans: list[tuple[int, slice]]) -> bool:
+        """Whether experts have so few rows (decoding) that unpacking their weights would cost more than the product."""
+        most = max(rows.stop - rows.start for _, rows in spans)
+        return self.packed and self.dtype == self.raw and most <= FUSED.get(self.weight.device.type, 0)
+
+    def times(self, x: Tensor, e: int) -> Tensor:
+        """x (n, in) @ expert e's matrix, transposed → (n, out), by bitsandbytes: which kernel, it decides by shape and GPU."""
+        codes, state = self._packed(e, self._scales(e), 0, self.rows)
+        return matmul_4bit(x, codes, state)
+
     def _scales(self, e: int) -> Tensor:
         return self.scales[e] if self.scales is not None else block_scales(self.state, e * self.blocks, self.blocks)
 
     def _rows(self, e: int, scales: Tensor, first: int, last: int) -> Tensor:
         """Rows `first` to `last` counted from expert e's first, whose scales begin with `scales`; they may go beyond its last."""
+        codes, state = self._packed(e, scales, first, last)
+        return bnbf.dequantize_4bit(codes, quant_state=state).to(self.dtype)
+
+    def _packed(self, e: int, scales: Tensor, first: int, last: int) -> tuple[Tensor, bnbf.QuantState]:
+        """The same rows as bitsandbytes keeps a matrix: codes (n/2, 1), and what to read them with."""
         start, end = first * self.columns, last * self.columns  # multiples of BLOCK, as `columns` is one
         state = bnbf.QuantState(
             absmax=scales[start // BLOCK : end // BLOCK],
@@ -107,8 +124,7 @@ class Unpacker:
             dtype=self.raw,
         )
         before = e * self.rows * self.columns
-        codes = self.weight[(before + start) // 2 : (before + end) // 2]
-        return bnbf.dequantize_4bit(codes.view(-1, 1), quant_state=state).to(self.dtype)
+        return self.weight[(before + start) // 2 : (before + end) // 2].view(-1, 1), state
 
 
 @torch.no_grad()
@@ -120,11 +136,11 @@ def dequantize_stack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 
 def quantize_stack(weight: Tensor, double_quant: bool = True) -> Params4bit:
     """A stack (E, out, in) packed into NF4 on its own device: the codes and scales of bitsandbytes' `quantize_4bit`."""
-    return pack(weight, weight.shape, double_quant)
+    return quantize_matrices(weight, weight.shape, double_quant)
 
 
 @torch.no_grad()
-def pack(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool = True) -> Params4bit:
+def quantize_matrices(matrices: Iterable[Tensor], shape: tuple[int, ...], double_quant: bool = True) -> Params4bit:
     """E matrices (out, in), given one after the other, packed into one NF4 stack of `shape` (E, out, in).
 
     Only the matrix at hand is needed, and of its quantisation only a slice at a time: on the CPU bitsandbytes' working

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig
 
 from helpers import budget, losses, qlora, quantization
+from helpers.audit import audit
 from helpers.profiles import Profile
 from helpers.router_losses import attach_router_losses
 
@@ -198,6 +199,6 @@ def rehearse(
         del hidden
         loss.backward()
     handle.verify()
-    weights = sum(part.bytes for part in quantization.audit(model).parts.values())
+    weights = sum(part.bytes for part in audit(model).parts.values())
     gradients = sum(3 * p.numel() * p.element_size() for p in adapters)
     return Rehearsal(rows, tokens, weights, gradients, live.peak, kernels.found)

@@ -8,11 +8,11 @@ compares them with the one place.
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from pathlib import Path
 
+from helpers.files import write_text
 from helpers.profiles import ROOT
 
 HOST = "https://github.com/"
@@ -70,8 +70,6 @@ def stamp(url: str, ref: str = "main", root: Path = ROOT) -> list[Path]:
                 if not found:
                     raise ValueError(f"{path.relative_to(root)} holds no address where one belongs (looked for {pattern})")
             if new != old:
-                partial = path.with_name(path.name + ".partial")
-                partial.write_text(new, encoding="utf-8", newline="\n")
-                os.replace(partial, path)
+                write_text(path, new)
                 changed.append(path)
     return changed

@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 
 from helpers.checkpoints import identity
 from helpers.data import Corpus
+from helpers.files import read_json, write_json
 from helpers.profiles import Profile
-from helpers.run_log import Log, read_json, read_log, write_json
+from helpers.run_log import Log, read_log
 
 MARK, PROGRESS = "complete.json", "progress.json"
 DELETED = "deleted-"

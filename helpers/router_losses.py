@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from helpers.audit import router_recorders
 from helpers.losses import without_dropout
-from helpers.quantization import router_recorders
 
 Reduction = Literal["mean", "sum"]
 Logits = Tensor | Sequence[Tensor]  # (T, E), or one such tensor a layer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,37 +16,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from helpers.files import write_text
 from helpers.router_losses import RouterLosses
 
 Row = dict[str, Any]
 Progress = Callable[[list[Row]], None]
 CLOCK = ("seconds", "tokens_per_second", "memory_gib", "sitting")  # of a row, what differs from one sitting to the next
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: readers see the old file or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic, and on the disk when it returns."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}): is there room on the disk?") from error
-
-
-def read_json(path: Path, todo: str) -> Any:
-    """What a JSON file holds; ValueError with its name, and `todo`, for one that is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON, or of UTF-8
-        raise ValueError(f"{path} is damaged ({error}): {todo}") from error
 
 
 def read_log(run_dir: str | Path) -> list[Row]:

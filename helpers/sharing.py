@@ -17,14 +17,15 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from helpers import adapters_convert
+from helpers.audit import audit
 from helpers.environment import host_memory_gib
 from helpers.experiment import finished
+from helpers.files import write_json, write_lines, write_text
 from helpers.interchange import axolotl_yaml, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
 from helpers.model_card import evaluations, shared_profile, write_model_card
 from helpers.profiles import ROOT
 from helpers.prompts import CHAT_TEMPLATE
-from helpers.quantization import audit
-from helpers.training import TrainingResult, write_json
+from helpers.training import TrainingResult
 
 __all__ = [
     "TARGETS",
@@ -118,9 +119,7 @@ def checksums(folder: str | Path) -> Path:
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
     lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    partial = folder / f"{SUMS}.partial"
-    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-    partial.replace(folder / SUMS)
+    write_lines(folder / SUMS, lines)
     return folder / SUMS
 
 
@@ -164,7 +163,7 @@ def merge_run(
     when all of it is there. OSError if the disk is too small, or if there is such a folder already.
     """
     from helpers.experiment import load_run
-    from helpers.merged import save_merged
+    from helpers.merging import save_merged
 
     run_dir = Path(run_dir)
     folder = Path(folder) if folder else run_dir / "merged"
@@ -316,7 +315,7 @@ def export(
     end = _end_of_reply(run_dir / "adapter")
     if target == "chat_template":
         path = folder / "chat_template.jinja"
-        path.write_text(CHAT_TEMPLATE, encoding="utf-8", newline="\n")
+        write_text(path, CHAT_TEMPLATE)
         if (run_dir / "adapter").is_dir():  # transformers reads it from the tokenizer's folder
             shutil.copy(path, run_dir / "adapter" / path.name)
     elif target == "sillytavern":
@@ -329,11 +328,10 @@ def export(
         write_json(path, koboldcpp_adapter(char, user, length, end))
     elif target == "ollama":
         path = folder / "Modelfile"
-        path.write_text(ollama_modelfile(char, user, length, end), encoding="utf-8", newline="\n")
+        write_text(path, ollama_modelfile(char, user, length, end))
     else:
         path = folder / "axolotl.yaml"
-        config = axolotl_yaml(shared_profile(finished(run_dir)[1], base_name))
-        path.write_text(config, encoding="utf-8", newline="\n")
+        write_text(path, axolotl_yaml(shared_profile(finished(run_dir)[1], base_name)))
     return path
 
 

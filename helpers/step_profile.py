@@ -23,9 +23,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers import losses
+from helpers.audit import audit, router_recorders
 from helpers.budget import LiveBytes
 from helpers.experts import is_experts
-from helpers.quantization import audit, router_recorders
 
 LAST = REST, HEAD, OPTIMIZER = "norms, embeddings, rest", "head and loss", "optimizer"
 

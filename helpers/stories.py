@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from helpers.files import write_lines
 from helpers.schema import (  # the schema's names belong to this module's interface
     PLACEHOLDERS as PLACEHOLDERS,
 )
@@ -121,12 +122,7 @@ def save_stories(stories: Iterable[Story], file: str | Path) -> Path:
     file = Path(file)
     if file.suffix not in LINES_SUFFIXES:
         raise ValueError(f"{file}: JSON lines belong into a file that ends with {' or '.join(LINES_SUFFIXES)}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as out:
-        for story in stories:
-            out.write(json.dumps(story.record(), ensure_ascii=False) + "\n")
-    os.replace(part, file)
+    write_lines(file, (json.dumps(story.record(), ensure_ascii=False) + "\n" for story in stories))
     return file
 
 
@@ -137,7 +133,7 @@ def _read(path: Path) -> Iterator[Story | StoryError]:
     try:
         if path.is_dir():
             suffixes = YAML_SUFFIXES + LINES_SUFFIXES
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not _hidden(p, path) and p.is_file())
+            files = sorted(p for p in _visible(path) if p.suffix.lower() in suffixes and p.is_file())
             if not files:
                 raise StoryError("no .yaml, .json or .jsonl file in this folder", "point at a folder of stories", file=str(path))
         elif path.is_file():
@@ -152,9 +148,22 @@ def _read(path: Path) -> Iterator[Story | StoryError]:
         yield from (_read_lines if file.suffix.lower() in LINES_SUFFIXES else _read_yaml)(file)
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    """Copies that programs keep for themselves: Jupyter's .ipynb_checkpoints, macOS's ._name, an editor's .name.swp."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _visible(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its folders, linked ones too, each folder once; OSError for one that may not be read.
+
+    Hidden ones are copies that programs keep for themselves: Jupyter's .ipynb_checkpoints, macOS's ._name, an editor's .name.swp.
+    """
+    seen = set()
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        if real not in seen:
+            yield from (Path(place, name) for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def _read_yaml(file: Path) -> Iterator[Story | StoryError]:
@@ -178,6 +187,10 @@ def _read_lines(file: Path) -> Iterator[Story | StoryError]:
                         raise _too_large(None, str(file), number)
                     if text := _text(raw, str(file), number).strip():
                         some = True
+                        if text in ("{", "["):  # an error for each line of it would say less
+                            what, todo = "a JSON text over several lines begins", "write each story in one line"
+                            yield StoryError(what, f"{todo}, or name a file of one story .json", file=str(file), line=number)
+                            return
                         yield parse_record_text(text, str(file), number)
                 except StoryError as error:
                     some = True

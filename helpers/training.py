@@ -25,14 +25,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from helpers import budget, qlora, resume
 from helpers.attention import DOCUMENTS, check_packing, choose_attention
+from helpers.audit import audit
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
 from helpers.environment import download_note, gpu_memory_gib, hardware, host_memory_gib, versions
+from helpers.files import read_json, write_json
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.profiles import PROFILES, Profile
-from helpers.quantization import audit, load_4bit
+from helpers.quantization import load_4bit
 from helpers.resume import alone
 from helpers.router_losses import attach_router_losses
-from helpers.run_log import Log, Progress, memory_gib, print_progress, read_json, read_log, total_seconds, write_json
+from helpers.run_log import Log, Progress, memory_gib, print_progress, read_log, total_seconds
 from helpers.stories import Story
 from helpers.tokens import IGNORED
 from helpers.trainer import CourseTrainer, Interruptible, NumberedCollator, StopAfter, arguments
@@ -48,14 +50,14 @@ __all__ = [
     "read_log",
     "total_seconds",
     "train",
-    "write_json",
 ]
 
 
-FSDP = (
-    "FSDP is not supported: accelerate leaves packed weights whole in every process, so only adapters would be shared out, "
-    "and on CPUs it silently makes a DDP run of it; start with --multi_gpu instead"
-)
+ENGINES = {  # that `accelerate launch` may be told to use
+    "FSDP": "FSDP is not supported: accelerate leaves packed weights whole in every process, so only adapters would be shared "
+    "out, and on CPUs it silently makes a DDP run of it; start with --multi_gpu instead",
+    "DEEPSPEED": "DeepSpeed is not supported: its engine scales losses by itself; start with --multi_gpu instead",
+}
 OF_PROFILE = "the profile's"  # what run.json says of stories that were not given
 
 
@@ -136,6 +138,9 @@ def train(
         raise TypeError(f"profile {profile!r} is a name: give PROFILES[{profile!r}] of helpers.profiles")
     if isinstance(stories, (str, Path)):
         raise TypeError(f"stories {str(stories)!r} is a path: give load_stories({str(stories)!r}) of helpers.stories")
+    for engine, refusal in ENGINES.items():  # first: what follows would start the engine
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise ValueError(refusal)
     output_dir = _writable(Path(output_dir))
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process
     with alone(output_dir) if main else contextlib.nullcontext():
@@ -293,10 +298,6 @@ class _Run:
         profile, run_dir, tokenizer, corpus = self.profile, self.run_dir, self.tokenizer, self.corpus
         current = dataclasses.replace(profile, micro_batch=self.micro_batch, accumulation=self.accumulation)
         args = arguments(current, run_dir, log_every or (10 if self.steps > 200 else 1))
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise ValueError(FSDP)
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            raise ValueError("DeepSpeed is not supported: its engine scales losses by itself; use accelerate's --multi_gpu")
         args.device  # noqa: B018  chooses this process's GPU, before the model is loaded onto the current one
         main = args.process_index == 0
         checkpoint = resume.last_good(run_dir, self.wanted, say=print if main else lambda _text: None)

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from helpers import experts, qlora
+from helpers import experts, merging, qlora
 from helpers.adapters_convert import NAMINGS, WEIGHTS, from_per_expert, to_per_expert
 from helpers.quantization import load_4bit
 from helpers.tiny import tiny_config
@@ -245,7 +245,7 @@ def test_shared_experts_and_dense_layers_keep_their_adapters(tmp_path, kind, sha
     with torch.no_grad():
         ids = IDS % 128
         torch.testing.assert_close(stock(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-        merged = qlora.merge(ours, "float32")
+        merged = merging.merge(ours, "float32")
         torch.testing.assert_close(ours.eval()(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
     back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "qwen") / WEIGHTS)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in back)

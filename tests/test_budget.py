@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from helpers import budget, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
+from helpers.audit import audit
 from helpers.profiles import PROFILES
-from helpers.quantization import audit, random_4bit
+from helpers.quantization import random_4bit
 from helpers.tiny import tiny_config
 
 SIZES = {  # hidden, layers, intermediate, vocabulary, rows, tokens, rank, dropout

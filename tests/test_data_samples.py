@@ -1,6 +1,8 @@
 """The stories that ship with the course, and the corpus made of them."""
 
+import importlib.util
 import itertools
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -52,6 +54,27 @@ def test_every_length_class_is_there_150_times():
 @pytest.fixture(scope="module")
 def mixtral():
     return data_card.load_tokenizer("mixtral")
+
+
+def test_a_tokenizer_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from .*\(.+\): name a folder with one, or a Hub id"):
+        data_card.load_tokenizer(str(tmp_path))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else real(name))
+    with pytest.raises(ValueError, match="pip install mistral-common sentencepiece"):
+        data_card.load_tokenizer("mixtral")
+
+
+def test_a_card_is_made_with_its_folder_and_only_between_the_marks(tmp_path, monkeypatch):
+    card = tmp_path / "new" / "CARD.md"
+    data_card.write_card(card, "one")
+    card.write_text("before\n" + card.read_text(encoding="utf-8") + "after\n", encoding="utf-8")
+    data_card.write_card(card, "two")
+    assert re.fullmatch(rf"before\n# Data card\n\n{data_card.BEGIN}\ntwo\n{data_card.END}\nafter\n", card.read_text())
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"CARD.md could not be written \(No space left on device\)"):
+        data_card.write_card(card, "three")
+    assert "two" in card.read_text() and [p.name for p in card.parent.iterdir()] == ["CARD.md"]
 
 
 def test_some_need_the_cards_context_and_all_fit_it(mixtral):

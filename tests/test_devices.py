@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from helpers import behaviour, controls, losses, qlora, training
+from helpers import behaviour, controls, losses, merging, qlora, training
 from helpers.attention import DOCUMENTS
 from helpers.data import build_corpus, labelled_stories
 from helpers.evaluation import FIRST, held_out
 from helpers.generation import Prompt, Sampling, generate_replies, stream_reply
 from helpers.held_out import HeldOutLoss, held_out_stories
-from helpers.merged import save_merged
+from helpers.merging import save_merged
 from helpers.profiles import PROFILES
 from helpers.quantization import load_4bit
 from helpers.router_losses import attach_router_losses, routing
@@ -118,5 +118,5 @@ def test_adapters_are_saved_loaded_and_merged(model, gpu, tmp_path):
     torch.testing.assert_close(found, wanted)
     save_merged(again, tmp_path / "merged")
     assert list((tmp_path / "merged").glob("*.safetensors"))
-    merged, _report = qlora.merge_4bit(again)
+    merged, _report = merging.merge_4bit(again)
     assert merged(ids).logits.is_cuda

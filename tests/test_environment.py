@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from helpers import environment, profiles
 from helpers.environment import Check, check_package, doctor, report
@@ -126,11 +127,22 @@ def test_import_is_light():
 def test_the_lists_of_packages_agree():
     course, constraints = by_name(read("requirements.txt")), by_name(read("constraints.txt"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    for name, wanted in by_name([Requirement(r) for r in project]).items():
+    installed = by_name([Requirement(r) for r in project])
+    for name, wanted in installed.items():
         assert wanted.specifier == course[name].specifier, name
+    tools = {"ipykernel", "nbclient", "nbformat", "nbconvert", "latex2mathml", "jupyterlab"}
+    assert set(course) - set(installed) == tools, "what serves and runs notebooks; a hosted one brings its own"
     for name, wanted in {**course, **by_name(read("requirements-dev.txt"))}.items():
         (pin,) = constraints[name].specifier
         assert pin.operator == "==" and wanted.specifier.contains(pin.version), name
+
+
+def test_the_oldest_versions_are_the_ranges_lower_ends():
+    course = by_name(read("requirements.txt"))
+    for name, wanted in by_name(read("constraints-oldest.txt")).items():
+        (pin,) = wanted.specifier
+        (least,) = (s for s in course[name].specifier if s.operator == ">=")
+        assert pin.operator == "==" and Version(pin.version) == Version(least.version), name
 
 
 def test_the_ranges_hold_what_colab_has():

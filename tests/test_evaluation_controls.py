@@ -16,9 +16,10 @@ from helpers import behaviour, conclusions, controls
 from helpers.evaluation import LengthTable, held_out
 from helpers.generation import Prompt, Reply, Sampling
 from helpers.lengths import LENGTHS, label_replies, word_range
+from helpers.merging import active_factors
 from helpers.profiles import PROFILES
 from helpers.prompts import generation_prompt
-from helpers.qlora import active_factors, adapter_norms, add_lora
+from helpers.qlora import adapter_norms, add_lora
 from helpers.tokens import encode
 from tests.test_evaluation import table
 

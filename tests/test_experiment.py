@@ -13,6 +13,7 @@ import pytest
 
 from helpers import experiment, training
 from helpers.evaluation import CONDITIONS, LengthTable, Size, held_out
+from helpers.files import write_json
 from helpers.generation import Sampling
 from helpers.profiles import PROFILES
 from helpers.stories import load_stories, save_stories
@@ -73,9 +74,30 @@ def test_the_control_is_trained_on_the_runs_own_stories(small_run, tmp_path):
         experiment.evaluate_run(folder, SMALL, SHORT, training_stories=trained, say=lambda text: None)
     assert [s.names for s, _ in experiment.trained_on(folder, profile, trained)] == [s.names for s in load_stories(trained)]
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    training.write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
+    write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
     with pytest.raises(ValueError, match="the stories of the profile: not what"):
         experiment.trained_on(folder, dataclasses.replace(profile, stories="generated:20"))
+
+
+def test_the_control_is_trained_as_the_run_was(small_run, monkeypatch):
+    """Two processes made the run's steps, each half of a step's rows, with an attention of their own."""
+    folder, trained = small_run
+    facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    write_json(folder / "result.json", facts | {"processes": 2, "attention": "eager"})
+    asked = []
+
+    def train(profile, labelled, target, **how):
+        asked.append((profile, labelled, target, how))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.evaluate_run(folder, SMALL, SHORT, controls=True, training_stories=trained, say=lambda text: None)
+    (profile, labelled, target, how), (_, own) = asked[0], experiment.finished(folder)
+    assert profile == dataclasses.replace(own, accumulation=2 * own.accumulation) and how["attention"] == "eager"
+    assert target == folder / "controls" / "shuffled"
+    before = experiment.trained_on(folder, own, trained)
+    assert [s for s, _ in labelled] == [s for s, _ in before] and [k for _, k in labelled] != [k for _, k in before]
 
 
 @pytest.mark.slow
@@ -110,7 +132,7 @@ def test_an_interrupted_control_is_an_interruption(small_run, monkeypatch, capsy
     monkeypatch.setattr(experiment, "train", lambda *a, **k: training.train(*a, stop_after=1, progress=None, **k))
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts["profile"]["max_steps"] = 3
-    training.write_json(folder / "run.json", facts)
+    write_json(folder / "run.json", facts)
     assert main(["evaluate", str(folder), "--controls", "--training-stories", str(trained)]) == 130
     assert "run the same evaluate again" in capsys.readouterr().err
     assert list((folder / "controls" / "shuffled").glob("checkpoint-*")), "its steps are kept"

@@ -8,6 +8,8 @@ import bitsandbytes.functional as bnbf
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -189,16 +191,16 @@ def test_packing_in_slices_gives_bitsandbytes_own_bits(monkeypatch, dtype, doubl
     assert torch.equal(packed.data, codes)
     ours, theirs = packed.quant_state.as_dict(packed=True), state.as_dict(packed=True)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    one_by_one = nf4.pack((matrix for matrix in weight), weight.shape, double_quant)
+    one_by_one = nf4.quantize_matrices((matrix for matrix in weight), weight.shape, double_quant)
     assert torch.equal(one_by_one.data, codes)
 
 
 def test_packing_refuses_what_does_not_fit():
     matrices = list(torch.randn(4, 64, 64))
     with pytest.raises(ValueError, match="3 experts were given, the model has 4"):
-        nf4.pack(matrices[:3], (4, 64, 64))
+        nf4.quantize_matrices(matrices[:3], (4, 64, 64))
     with pytest.raises(ValueError, match=r"expert 1 has shape \(32, 64\)"):
-        nf4.pack([matrices[0], matrices[1][:32]], (4, 64, 64))
+        nf4.quantize_matrices([matrices[0], matrices[1][:32]], (4, 64, 64))
 
 
 def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, monkeypatch):
@@ -217,6 +219,63 @@ def test_decoding_unpacks_only_the_experts_that_the_token_chose(random_mixtral, 
     for index, asked in zip(chosen, unpacked, strict=True):
         assert sorted(asked) == sorted(2 * index.unique().tolist()), "each chosen expert once for each of its two projections"
     assert all(index.shape == (1, 2) and len(asked) == 4 for index, asked in zip(chosen[2:], unpacked[2:], strict=True))
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_few_rows_through_bitsandbytes_own_product(name, monkeypatch):
+    """What a GPU does while it decodes: nothing is unpacked here, and the numbers are those of the float64 loop."""
+    packed, twin = make()
+    factors, index = lora_factors(), INDICES[name]
+    x, weight = torch.randn(len(index), H), torch.rand(index.shape)
+    attach(packed, factors)
+    wanted = reference(twin, x.double(), index, weight.double(), *[f.double() for f in factors])
+    monkeypatch.setattr(nf4.Unpacker, "_rows", None)  # there to fail
+    monkeypatch.setitem(nf4.FUSED, "cpu", 5)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x, index, weight).double(), wanted, rtol=1e-4, atol=1e-5)
+        monkeypatch.setitem(nf4.FUSED, "cpu", 0)
+        with pytest.raises(TypeError):
+            packed(x, index, weight)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_bitsandbytes_own_product_in_every_precision(dtype, rounding, double_quant):
+    """Of stacks whose experts fill whole blocks of the second quantisation, and of others."""
+    for shape in ((E, 128, 128), (E, 64, 64)):
+        stack, x = nf4.quantize_stack(torch.randn(shape).to(dtype), double_quant), torch.randn(3, shape[2]).to(dtype)
+        for few in (True, False):
+            found = nf4.Unpacker(stack, dtype, few).times(x, 2)
+            wanted = x.double() @ nf4.dequantize_stack(stack)[2].double().T
+            assert found.dtype == dtype and (found - wanted).norm() < rounding * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens, all_at_once", [(1, False), (5, True)])
+def test_decoding_casts_the_factors_of_the_chosen_experts_alone(tokens, all_at_once):
+    """In bf16 under fp32 adapters. Casting all 8 experts' for 2 would cost more than the 4-bit weights of the two."""
+    packed, _ = make(experts_count=8)
+    for name in experts.STACKS:
+        getattr(packed, name).quant_state.dtype = torch.bfloat16
+    g = torch.Generator().manual_seed(0)
+    attach(packed, [torch.randn(s, generator=g) for s in [(8, R, H), (8, 2 * I, R), (8, R, I), (8, H, R)]])
+    x, index = torch.randn(tokens, H), torch.arange(2 * tokens).view(tokens, 2) % 8
+    with torch.no_grad(), Made() as made:
+        out = packed(x, index, torch.rand(tokens, 2))
+    cast = {shape for shape, dtype in made.tensors if dtype == torch.bfloat16 and R in shape and shape[0] == 8}
+    assert bool(cast) == all_at_once and out.isfinite().all()
+
+
+class Made(TorchDispatchMode):
+    """Shape and dtype of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tensors |= {(tuple(t.shape), t.dtype) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        return out
 
 
 @pytest.mark.parametrize("weights", [1, 64 * 7, 128 * 64])

@@ -18,7 +18,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from helpers import experts, nf4, qlora
-from helpers.quantization import audit, load_4bit, random_4bit
+from helpers.audit import audit
+from helpers.quantization import load_4bit, random_4bit
 from tests.moe_families import causal_lms, dispatched, experts_module, knows_routers, tiny
 
 # Which families have a recordable router, and how their classes look, differs from version to version.

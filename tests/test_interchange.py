@@ -107,6 +107,7 @@ def test_axolotl_config_is_the_cards_recipe():
 @pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
 def test_trl_tokenises_the_rows_as_we_do(kind, setting, tmp_path):
     """The real trainer's own preparation of the dataset: ids and assistant masks."""
+    pytest.importorskip("trl", reason="TRL is not installed: it wants newer packages than constraints-oldest.txt")
     import torch
     from transformers import MixtralForCausalLM
     from trl import SFTConfig, SFTTrainer

@@ -108,6 +108,20 @@ def test_the_correction_takes_the_bias_off_and_the_shuffles_show_it():
     assert ls.mutual_information(asked, got) < 0.04
     assert ls.mutual_information(asked, asked, corrected=False) == pytest.approx(math.log2(10))
     assert ls.permuted_information(asked, asked)[1] == pytest.approx(1 / 201)
+    conversations = [i // 10 for i in range(400)]
+    mean, p = ls.permuted_information(asked, got, conversations)
+    assert mean == pytest.approx(plain, rel=0.25) and p > 0.05
+    assert ls.permuted_information(asked, asked, conversations)[1] == pytest.approx(1 / 201)
+
+
+def test_what_lies_in_the_conversation_is_no_control():
+    """Each conversation asked for one class, and its character speaks as long as it always does."""
+    conversations = [i % 10 for i in range(100)]
+    mean, p = ls.permuted_information(conversations, conversations, conversations)
+    assert (mean, p) == (pytest.approx(math.log2(10)), 1)
+    assert ls.permuted_information(conversations, conversations)[1] < 0.01, "shuffled over all it would look like one"
+    with pytest.raises(ValueError, match="3 groups for 100 values"):
+        ls.permuted_information(conversations, conversations, [1, 2, 3])
 
 
 LIVES = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=40)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.checkpoints import read_headers
-from helpers.merged import save_merged
-from helpers.qlora import add_lora, merge
+from helpers.merging import merge, save_merged
+from helpers.qlora import add_lora
 from helpers.quantization import load_4bit
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import qlora
-from helpers.merged import save_merged
+from helpers import merging, qlora
+from helpers.merging import save_merged
 from helpers.quantization import random_4bit
 from tests.moe_families import knows_routers, tiny
 from tests.test_families_4bit import MODELS, REFUSED_MODELS
@@ -41,7 +41,7 @@ def adapted(kind: str):
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_the_streamed_checkpoint_is_that_of_the_merged_model(kind, tmp_path):
     model = adapted(kind)
-    whole = qlora.merge(model, "bfloat16")
+    whole = merging.merge(model, "bfloat16")
     whole.save_pretrained(tmp_path / "whole")
     save_merged(model, tmp_path / "streamed", "bfloat16", max_shard_bytes=100_000)
     wanted, found = (

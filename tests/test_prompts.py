@@ -202,7 +202,7 @@ def stories(draw):
     return Story(pair, Pair(draw(own), draw(own)), draw(own), messages)
 
 
-@settings(quick, max_examples=2000)
+@settings(quick, max_examples=800)
 @given(stories(), st.data())
 def test_parse_inverts_format_for_every_story(story, data):
     lengths = [data.draw(st.sampled_from([None, *LENGTHS])) for _ in story.replies]

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from helpers import experts, nf4, qlora
-from helpers.quantization import audit, load_4bit, random_4bit, router_recorders, save_4bit
+from helpers import experts, merging, nf4, qlora
+from helpers.audit import audit, router_recorders
+from helpers.quantization import load_4bit, random_4bit, save_4bit
 from helpers.router_losses import attach_router_losses
 from helpers.tiny import tiny_config
 
@@ -324,11 +325,11 @@ def test_router_losses_reach_the_adapter_of_a_router_in_bf16(random_mixtral, ree
 
 def test_peft_itself_refuses_to_merge_into_packed_weights(random_mixtral):
     model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=0.0))
-    wanted = qlora.merge(model, "float32").state_dict()
+    wanted = merging.merge(model, "float32").state_dict()
     for way in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=r"qlora\.merge"):
+        with pytest.raises(NotImplementedError, match=r"merging\.merge"):
             way()
-    found = qlora.merge(model, "float32").state_dict()  # nothing was merged before it refused
+    found = merging.merge(model, "float32").state_dict()  # nothing was merged before it refused
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
@@ -352,12 +353,12 @@ def test_what_merging_would_lose_is_refused(random_mixtral):
         (merged, "merged .* already: load the model again"),
     ):
         with pytest.raises(ValueError, match=why):
-            qlora.merge(model)
+            merging.merge(model)
         with pytest.raises(ValueError, match=why):
-            qlora.merge_4bit(model)
+            merging.merge_4bit(model)
     with disabled.disable_adapter(), pytest.raises(ValueError, match="disabled"):
-        qlora.merge(disabled)
-    assert qlora.merge(disabled) is not None, "and enabled again it merges"
+        merging.merge(disabled)
+    assert merging.merge(disabled) is not None, "and enabled again it merges"
 
 
 def trained_plain(folder):
@@ -378,17 +379,17 @@ def test_modules_that_were_trained_whole_are_merged(tmp_path):
             wanted = model(IDS).logits
         if tied:
             with pytest.raises(ValueError, match="one tensor in the plain model"):
-                qlora.merge(model)
+                merging.merge(model)
             continue
         with torch.no_grad():
-            torch.testing.assert_close(qlora.merge(model, "float32")(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(merging.merge(model, "float32")(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
             head = model.get_base_model().lm_head.modules_to_save["default"].weight
-            assert torch.equal(qlora.merge_4bit(model)[0].lm_head.weight, head)
+            assert torch.equal(merging.merge_4bit(model)[0].lm_head.weight, head)
 
 
 def test_a_run_in_bf16_is_merged_from_exact_values_and_rounded_once(random_mixtral):
     ours = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="bfloat16"), r=4, alpha=8))
-    exact, rounded = (dict(qlora.merge(ours, dtype).named_parameters()) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (dict(merging.merge(ours, dtype).named_parameters()) for dtype in ("float32", "bfloat16"))
     checked = 0
     for name, module in ours.named_modules():
         if isinstance(module, LoraLayer) and isinstance(getattr(module, "weight", None), Params4bit):
@@ -411,7 +412,7 @@ def trained(folder, **kwargs):
 
 def test_merged_in_fp32_it_is_the_same_model(random_mixtral, tmp_path):
     ours = trained(random_mixtral)
-    plain = qlora.merge(ours, "float32")
+    plain = merging.merge(ours, "float32")
     assert type(plain).__name__ == "MixtralForCausalLM" and not hasattr(plain.config, "quantization_config")
     assert not any(isinstance(p, Params4bit) or ".lora_" in n for n, p in plain.named_parameters())
     with torch.no_grad():
@@ -424,7 +425,7 @@ def test_merged_in_fp32_it_is_the_same_model(random_mixtral, tmp_path):
 def test_merged_weights_equal_stock_pefts_merge(random_mixtral, tmp_path):
     ours = trained(random_mixtral)
     qlora.save_lora(ours, tmp_path)
-    plain = qlora.merge(ours, "float32")
+    plain = merging.merge(ours, "float32")
     twin = dequantised_twin(load_4bit(random_mixtral, dtype="float32"), random_mixtral)
     stock = PeftModel.from_pretrained(twin, str(tmp_path)).merge_and_unload()
     for name, param in stock.named_parameters():
@@ -435,7 +436,7 @@ def test_merged_weights_equal_stock_pefts_merge(random_mixtral, tmp_path):
 def test_merging_rounds_every_weight_once(random_mixtral, dtype, bits):
     """By at most half a unit in the last place: 2⁻⁸ in bf16 (8 significant bits), 2⁻¹¹ in fp16 (11). The logits follow."""
     ours = trained(random_mixtral)
-    exact, merged = qlora.merge(ours, "float32"), qlora.merge(ours, dtype)
+    exact, merged = merging.merge(ours, "float32"), merging.merge(ours, dtype)
     for name, param in merged.named_parameters():
         assert param.dtype == dtype
         wanted = exact.get_parameter(name)
@@ -449,12 +450,12 @@ def test_merging_rounds_every_weight_once(random_mixtral, dtype, bits):
 
 def test_merged_into_4_bit_it_is_rounded_again_and_says_how_much(random_mixtral, tmp_path):
     ours = trained(random_mixtral)
-    exact = qlora.merge(ours, "float32")
+    exact = merging.merge(ours, "float32")
     with torch.no_grad():
         wanted = ours(IDS).logits
         with ours.disable_adapter():
             untouched = ours(IDS).logits
-    base, rows = qlora.merge_4bit(ours)
+    base, rows = merging.merge_4bit(ours)
     assert audit(base).ok and not any(".lora_" in n for n, _ in base.named_parameters())
     assert {r["parameter"].rpartition(".")[2] for r in rows} == {"weight", *experts.STACKS} and len(rows) == 2 * 7
     for row in rows:  # the report, from the weights themselves
@@ -479,7 +480,7 @@ def test_merging_into_a_stack_that_is_not_packed_takes_every_expert(random_mixtr
     plain = randomise(qlora.add_lora(AutoModelForCausalLM.from_pretrained(random_mixtral), r=4, alpha=8)).eval()
     with torch.no_grad():
         wanted = plain(IDS).logits
-        base, rows = qlora.merge_4bit(plain)
+        base, rows = merging.merge_4bit(plain)
         torch.testing.assert_close(base(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert len(rows) == 2 * 7 and all(row["error"] < 1e-4 for row in rows)
 
@@ -559,8 +560,8 @@ def test_merging_keeps_generation_settings_and_quantisation(random_mixtral):
     base = load_4bit(random_mixtral, dtype="float32", double_quant=False)
     base.generation_config.max_new_tokens = 17
     model = qlora.add_lora(base, r=4)
-    assert qlora.merge(model, "float32").generation_config.max_new_tokens == 17
-    merged, _ = qlora.merge_4bit(model)
+    assert merging.merge(model, "float32").generation_config.max_new_tokens == 17
+    merged, _ = merging.merge_4bit(model)
     packed = [p for p in merged.parameters() if isinstance(p, experts.Params4bit)]
     assert packed and not any(p.quant_state.nested for p in packed)
 
@@ -575,7 +576,7 @@ def test_two_adapters_of_a_router_add_up(random_mixtral, tmp_path):
         model.base_model.set_adapter(["default", "two"])
         both = model(IDS).logits
         assert (both - one).abs().max() > 1e-2
-        torch.testing.assert_close(both, qlora.merge(model, "float32")(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(both, merging.merge(model, "float32")(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_parameter_that_is_not_there_is_an_error(random_mixtral):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from helpers import checkpoints, experts, nf4, quantization
-from helpers.quantization import Audit, audit, load_4bit, random_4bit, router_modules, save_4bit
+from helpers.audit import Audit, audit, router_modules
+from helpers.quantization import load_4bit, random_4bit, save_4bit
 from helpers.tiny import tiny_config
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -213,6 +214,25 @@ def shard_with(folder, part):
     return next((folder / file, name) for name, file in sorted(index.items()) if part in name)
 
 
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        ("nowhere", "there is no folder .*nowhere, and a Hub id has the form ORG/NAME"),
+        ("empty", r"empty holds no weights \(model.safetensors or model.safetensors.index.json\): fetch or copy them there"),
+    ],
+)
+def test_a_place_without_a_model_is_one_clear_error(place, said, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=said):
+        load_4bit(tmp_path / place, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["./mixtral", "~/mixtral", "models/big/mixtral"])
+def test_what_looks_like_a_folder_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(OSError, match=f"there is no folder {name.removeprefix('./')}, and a Hub id"):
+        load_4bit(name)
+
+
 @pytest.mark.parametrize("left", [0, 7, 100, -100])
 def test_a_truncated_shard_is_one_clear_error(checkpoint, left):
     file, _ = shard_with(checkpoint, ".experts.")
@@ -330,7 +350,8 @@ import torch
 
 torch.set_num_threads(1)
 from helpers import environment
-from helpers.quantization import audit, load_4bit, random_4bit
+from helpers.audit import audit
+from helpers.quantization import load_4bit, random_4bit
 from transformers import AutoConfig
 
 environment.quiet()
@@ -462,10 +483,10 @@ def test_a_dense_model_is_refused(tmp_path):
 
 def test_a_model_whose_routers_nobody_names_is_refused(random_mixtral, monkeypatch):
     """Some families' routers are ordinary linear layers: unknown, they would be packed without a word."""
-    from helpers import quantization
+    from helpers import audit as audits
 
     known = load_4bit(random_mixtral, dtype="float32")
-    monkeypatch.setattr(quantization, "router_recorders", lambda model: [])
+    monkeypatch.setattr(audits, "router_recorders", lambda model: [])
     with pytest.raises(ValueError, match="does not say which of its modules are routers"):
         load_4bit(random_mixtral, dtype="float32")
     assert not audit(known).ok and "routers" in audit(known).problems[-1]

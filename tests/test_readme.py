@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from helpers.profiles import PROFILES, ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@functools.cache
 def recorder():
     spec = importlib.util.spec_from_file_location("record_course", ROOT / "benchmarks" / "record_course.py")
     module = importlib.util.module_from_spec(spec)

@@ -10,8 +10,9 @@ import torch
 
 from helpers import budget, experts, nf4, qlora
 from helpers.__main__ import main
+from helpers.audit import audit
 from helpers.profiles import PROFILES
-from helpers.quantization import audit, random_4bit
+from helpers.quantization import random_4bit
 from helpers.rehearsal import SPEEDS, _Kernels, rehearse
 from helpers.router_losses import attach_router_losses
 from helpers.tiny import tiny_config

@@ -245,7 +245,7 @@ def test_other_weights_under_the_same_name_are_another_base(base, tmp_path):
 def test_a_finished_run_on_given_stories_is_not_taken_for_one_on_the_profiles(base, tmp_path):
     from helpers.tiny_stories import labelled_story
 
-    profile = small_profile(base, max_steps=2)
+    profile = small_profile(base, max_steps=2, stories="generated:50")
     mine = [labelled_story(77_000 + k) for k in range(40)]
     training.train(profile, mine, tmp_path, progress=None)
     with pytest.raises(ValueError, match="the stories, their labels or the tokenizer"):

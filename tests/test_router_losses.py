@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeConfig, 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from helpers.quantization import router_modules
+from helpers.audit import router_modules
 from helpers.router_losses import (
     _Routing,
     _weights,
@@ -668,7 +668,7 @@ def test_autocast_to_bf16(mixtral):
         assert (found[name] - g).norm() <= 0.02 * g.norm(), name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_under_torch_compile(backend):
     """Code that was compiled before attaching has no hooks in it, and torch does not check: attaching throws it away."""
     model = small()
@@ -700,6 +700,7 @@ class Catch(TrainerCallback):
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_under_trls_sft_trainer(accumulation, tmp_path, tokenizer):
     """TRL goes around the model's forward. Its step with the losses, minus its step without, is the losses' gradient."""
+    pytest.importorskip("trl", reason="TRL is not installed: it wants newer packages than constraints-oldest.txt")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import resume, run_log, training
+from helpers import files, resume, run_log, training
 from helpers.data import build_corpus
 from helpers.held_out import held_out_stories
 from helpers.profiles import PROFILES
@@ -222,7 +222,7 @@ def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
     file.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="could not be written"):
-        run_log.write_text(file, "new")
+        files.write_text(file, "new")
     assert file.read_text() == "old"
 
 

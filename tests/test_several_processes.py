@@ -84,13 +84,14 @@ def test_sharded_adapters_make_the_steps_of_one_process(tmp_path):
     torch.testing.assert_close(torch.tensor(two["steps"]), torch.tensor(one["steps"]), rtol=1e-5, atol=0)
 
 
-def test_a_run_under_fsdp_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_a_run_under_a_sharding_engine_is_refused_in_one_sentence(engine, tmp_path, monkeypatch, capsys):
     base = small_runs.make_base(tmp_path / "base")
     save_stories([story for story, _ in small_runs.STORIES[:8]], tmp_path / "stories.jsonl")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")  # as `accelerate launch --use_fsdp` sets it
     command = ["train", "--profile", "tiny", "--base", str(base), "--stories", str(tmp_path / "stories.jsonl")]
     assert main([*command, "--output", str(tmp_path / "run")]) == 2
-    assert "error: FSDP is not supported" in capsys.readouterr().err
+    assert f"error: {engine} is not supported" in capsys.readouterr().err
 
 
 def test_rows_are_filled_up_so_that_nothing_is_seen_twice():

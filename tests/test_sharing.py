@@ -18,6 +18,7 @@ import torch
 
 from helpers import model_card, sharing, training
 from helpers.evaluation import held_out
+from helpers.files import write_json
 from helpers.lengths import label_replies
 from helpers.profiles import PROFILES, ROOT
 from helpers.prompts import CHAT_TEMPLATE, chat_messages, generation_prompt
@@ -72,7 +73,7 @@ def run(tmp_path_factory):
     adapter = dataclasses.replace(table(lambda c, i: i + 3), label="adapter")
     adapter.save(folder / "evaluation" / "1-adapter.json")
     claim = {"claim": "replies follow", "measured": "+0.50", "goal": ">= 0.90", "reached": False}
-    training.write_json(folder / "behaviour.json", {"conclusions": [claim]})
+    write_json(folder / "behaviour.json", {"conclusions": [claim]})
     return folder
 
 
@@ -197,7 +198,7 @@ def local_run(run, tmp_path):
     shutil.copytree(run, folder)
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts["profile"]["base"] = "/content/drive/MyDrive/bases/mine"
-    training.write_json(folder / "run.json", facts)
+    write_json(folder / "run.json", facts)
     return folder
 
 
@@ -232,7 +233,7 @@ def test_the_language_is_said_only_where_it_is_known(run, tmp_path):
     folder = tmp_path / "own"
     shutil.copytree(run, folder)
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    training.write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
+    write_json(folder / "run.json", facts | {"stories": training.OF_PROFILE})
     assert "language: en" in sharing.write_model_card(folder).read_text(encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import re
 from itertools import pairwise
 
@@ -646,10 +647,50 @@ def test_two_stories_of_the_same_people_are_no_duplicates():
 
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
-    from pathlib import Path
-
     for n in (3, 1, 2):
         save_stories([make_story(n)], tmp_path / f"{n}.jsonl")
-    original = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(sorted(original(self, pattern))))
+    original = os.walk
+    backwards = lambda *how, **more: ((place, dirs, sorted(names)[::-1]) for place, dirs, names in original(*how, **more))  # noqa: E731
+    monkeypatch.setattr(os, "walk", backwards)
     assert load_stories(tmp_path) == [make_story(n) for n in (1, 2, 3)]
+
+
+def test_a_linked_folder_is_read_once_and_a_circle_ends(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    save_stories([make_story(1)], mine / "here.jsonl")
+    save_stories([make_story(2)], other / "there.jsonl")
+    try:
+        (mine / "linked").symlink_to(other, target_is_directory=True)
+        (mine / "twice").symlink_to(other, target_is_directory=True)
+        (other / "circle").symlink_to(mine, target_is_directory=True)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    found = load_stories(mine)
+    assert sorted(found, key=str) == sorted([make_story(1), make_story(2)], key=str)
+
+
+def test_a_closed_folder_is_not_passed_over(tmp_path, monkeypatch):
+    save_stories([make_story(1)], tmp_path / "open.jsonl")
+    (tmp_path / "closed").mkdir()
+    original = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StoryError, match=r"cannot be read \(.*Permission denied.*closed"):
+        load_stories(tmp_path)
+
+
+def test_json_over_several_lines_is_one_error(tmp_path):
+    file = save_stories([make_story(1)], tmp_path / "mine.jsonl")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(make_story(2).record(), indent=1))
+    problems = []
+    assert load_stories(file, problems) == [make_story(1)]
+    assert len(problems) == 1 and (problems[0].file, problems[0].line) == (str(file), 2)
+    assert "write each story in one line, or name a file of one story .json" in str(problems[0])
+    file.with_suffix(".json").write_text(json.dumps(make_story(2).record(), indent=1), encoding="utf-8")
+    assert load_stories(file.with_suffix(".json")) == [make_story(2)], "as it says"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import weakref
 
 import pytest
@@ -215,6 +216,15 @@ def test_a_context_beyond_the_models_and_a_model_that_writes_nothing_are_refused
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="is a t5 model, which is no causal language model"):
         run(tmp_path / "b", dataclasses.replace(TINY, base=str(tmp_path / "t5")))
+
+
+def test_names_and_paths_are_not_taken_for_what_they_name(tmp_path):
+    with pytest.raises(TypeError, match=r"profile 'tiny' is a name: give PROFILES\['tiny'\]"):
+        training.train("tiny", None, tmp_path / "a")
+    for path in ("mine.yaml", tmp_path):
+        with pytest.raises(TypeError, match=re.escape(f"{str(path)!r} is a path: give load_stories({str(path)!r})")):
+            training.train(TINY, path, tmp_path / "b")
+    assert not list(tmp_path.iterdir()), "said before anything is made"
 
 
 def test_it_says_what_it_trains_on(tmp_path):

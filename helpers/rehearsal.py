@@ -181,7 +181,8 @@ def rehearse(
     model = quantization.random_4bit(config or budget.config_of(profile), dtype, device="meta")
     model.set_attn_implementation(ATTENTION)
     parts = {"experts": profile.lora_experts, "router": profile.lora_router}
-    model = qlora.add_lora(model, profile.lora_r, profile.lora_alpha, profile.lora_dropout, **parts).to("meta").train()
+    with torch.device("meta"):  # else PEFT draws the adapters before it moves them
+        model = qlora.add_lora(model, profile.lora_r, profile.lora_alpha, profile.lora_dropout, **parts).to("meta").train()
     handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
     if profile.gradient_checkpointing:
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Autocast(dtype))}

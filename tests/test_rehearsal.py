@@ -7,6 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import budget, experts, nf4, qlora
 from helpers.__main__ import main
@@ -34,6 +36,25 @@ def test_the_budget_is_what_the_real_code_needs_at_the_real_shapes(name, layers)
     assert 1.0 <= guess.peak / found.peak < 1.1
     assert found.weights == model.weights + 4 * model.adapters and found.gradients == 12 * model.adapters
     assert 0.95 < (guess.parts["kept"] + guess.parts["layer"]) / found.activations < 1.15, "weights alone must not carry it"
+
+
+class LargestInMemory(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes in real memory."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        real = [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not t.is_meta]
+        self.bytes = max(self.bytes, *real, 0)
+        return out
+
+
+def test_it_takes_no_memory():
+    """Adapters neither: PEFT would draw them on the CPU, which for Mixtral takes a gigabyte."""
+    with LargestInMemory() as largest:
+        rehearse(PROFILES["a100-80"], 1, 512, fewer_layers(PROFILES["a100-80"], 1))
+    assert 0 < largest.bytes < 100_000, "code books and the like"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

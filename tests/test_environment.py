@@ -139,7 +139,7 @@ def test_the_lists_of_packages_agree():
 
 def test_the_oldest_versions_are_the_ranges_lower_ends():
     course = by_name(read("requirements.txt"))
-    for name, wanted in by_name(read("constraints-oldest.txt")).items():
+    for name, wanted in by_name(read(".github/constraints-oldest.txt")).items():
         (pin,) = wanted.specifier
         (least,) = (s for s in course[name].specifier if s.operator == ">=")
         assert pin.operator == "==" and Version(pin.version) == Version(least.version), name

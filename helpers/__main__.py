@@ -249,7 +249,8 @@ def _train(options) -> int:
     return 0
 
 
-_SETTINGS = ("max_steps", "epochs", "seed", "z_coef", "base", "context", "micro_batch", "accumulation", "learning_rate", "lora_r")
+_SETTINGS = ("max_steps", "epochs", "seed", "z_coef", "balance_coef", "base", "context", "micro_batch", "accumulation")
+_SETTINGS += ("learning_rate", "lora_r")
 
 
 def _check_machine(profile, options) -> None:
@@ -348,7 +349,15 @@ def _share(options) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="from the likeliest tokens up to this share (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of the drawing (default: %(default)s)")
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -400,23 +409,26 @@ def main(arguments: list[str] | None = None) -> int:
     length.add_argument("--max-steps", type=_count, help="end after this step")
     length.add_argument("--epochs", type=_positive, help="how often each story is seen, instead of a number of steps")
     train.add_argument("--context", type=_count, help="tokens in a packed row: the longest story that fits whole")
-    train.add_argument("--learning-rate", type=_positive)
+    train.add_argument("--learning-rate", type=_positive, help="the highest one, after the warm-up")
     train.add_argument("--lora-r", type=_count, help="rank of the adapters; their factor alpha stays the profile's")
-    train.add_argument("--seed", type=_seed)
+    train.add_argument("--seed", type=_seed, help="of the adapters' first values, the order of the data, dropout and labels")
     train.add_argument("--z-coef", type=_amount, help="weight of the router z-loss; 0 leaves it out")
+    train.add_argument("--balance-coef", type=_amount, help="weight of the balancing loss; 0 leaves it out")
     train.add_argument("--micro-batch", type=_count, help="rows in one forward pass of one process")
     train.add_argument("--accumulation", type=_count, help="forward passes of a process for one step; halve it for two GPUs")
     train.add_argument(
         "--log-every", type=_count, help="steps from one row of log.jsonl to the next; default: 10, or 1 in a short run"
     )
-    train.add_argument("--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, twice")
-    train.add_argument("--attention", choices=ATTENTIONS, help="default: the best here")
+    train.add_argument(
+        "--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, added up twice"
+    )
+    train.add_argument("--attention", choices=ATTENTIONS, help="how packed rows are computed; default: the best here")
     train.add_argument("--anyway", action="store_true", help="although the GPU or the disk is too small for the profile")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure length control of a finished run, and of its base")
-    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("run", type=Path, help="folder of a finished run")
     evaluate.add_argument("--conversations", type=int, help="held-out conversations (default: by profile)")
     evaluate.add_argument("--samples", type=int, help="replies per conversation and length (default: by profile)")
     evaluate.add_argument("--batch-size", type=int, help="rows that are sampled at once (default: by profile)")
@@ -425,21 +437,17 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument(
         "--training-stories", type=Path, help="with --controls: where the stories are that the run was trained on"
     )
-    evaluate.add_argument("--temperature", type=float, default=0.8)
-    evaluate.add_argument("--top-p", type=float, default=0.95)
-    evaluate.add_argument("--seed", type=_seed, default=0)
+    _sampling_options(evaluate)
     evaluate.set_defaults(run_command=_evaluate)
 
     chat = commands.add_parser("chat", help="talk to a character of a finished run")
-    chat.add_argument("run", type=Path)
+    chat.add_argument("run", type=Path, help="folder of a finished run")
     chat.add_argument("--stories", type=Path, help="characters of your own: a folder of stories, or a .jsonl file")
-    chat.add_argument("--temperature", type=float, default=0.8)
-    chat.add_argument("--top-p", type=float, default=0.95)
-    chat.add_argument("--seed", type=_seed, default=0)
+    _sampling_options(chat)
     chat.set_defaults(run_command=_chat)
 
     share = commands.add_parser("share", help="model card, chat template, presets, checksums; upload")
-    share.add_argument("run", type=Path)
+    share.add_argument("run", type=Path, help="folder of a finished run")
     share.add_argument("--target", action="append", help="only this export (several: a,b or once more); default: all")
     share.add_argument("--char", default="Character", help="the character's name in files for servers that know no names")
     share.add_argument("--user", default="User", help="the user's name in them")
@@ -453,8 +461,11 @@ def main(arguments: list[str] | None = None) -> int:
     share.add_argument("--send", action="store_true", help="with --push: send that list and nothing else")
     share.add_argument("--public", action="store_true", help="with --push: not private")
     share.set_defaults(run_command=_share)
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def main(arguments: list[str] | None = None) -> int:
+    options = command_line().parse_args(arguments)
     try:
         return options.run_command(options)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,8 +16,8 @@ import time
 import pytest
 import yaml
 
-from helpers.__main__ import main
-from helpers.profiles import ROOT
+from helpers.__main__ import command_line, main
+from helpers.profiles import PROFILES, ROOT
 from helpers.stories import load_stories, save_stories
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COURSE_PROFILE": "tiny", "HF_HUB_OFFLINE": "1"}
@@ -31,6 +32,14 @@ def helpers(*arguments, **kwargs):
         text=True,
         **kwargs,
     )
+
+
+def test_every_option_says_what_it_is_for():
+    (commands,) = (a for a in command_line()._actions if isinstance(a, argparse._SubParsersAction))
+    assert {a.dest for a in commands._choices_actions} == set(commands.choices), "commands are listed with their purpose"
+    for name, command in commands.choices.items():
+        assert not [a.dest for a in command._actions if not a.help], name
+        assert command.format_help()  # a stray % would be an error
 
 
 def test_an_unknown_profile_and_a_missing_run_are_one_sentence(tmp_path, capsys):
@@ -118,6 +127,34 @@ def test_what_it_prints_is_utf8_whatever_the_console(tmp_path):
     for encoding in ("cp1252", "cp932"):
         done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONIOENCODING": encoding}, capture_output=True)
         assert done.returncode == 0 and "\N{EN DASH}" in done.stdout.decode("utf-8")
+
+
+def test_what_is_asked_of_train_reaches_it(tmp_path, monkeypatch):
+    """Each option with a value that is nobody's default, and without them the profile as it is."""
+    from helpers import training
+
+    asked = {}
+
+    def train(profile, stories, output, **how):
+        asked.update(profile=profile, stories=stories, output=output, how=how)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(training, "train", train)
+    own = {"max_steps": 7, "seed": 8, "z_coef": 0.25, "balance_coef": 0.75, "context": 640, "micro_batch": 3, "accumulation": 5}
+    own |= {"learning_rate": 0.5, "lora_r": 6, "base": str(tmp_path)}
+    options = [text for name, value in own.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    how = ["--no-resume", "--shrink", "--log-every", "9", "--attention", "eager", "--skip-bad-stories", "--anyway"]
+    command = ["train", "--profile", "tiny", "--output", str(tmp_path / "run")]
+    assert main([*command, *options, *how]) == 2
+    assert asked["profile"] == dataclasses.replace(PROFILES["tiny"], **own) and asked["output"] == tmp_path / "run"
+    del asked["how"]["say"]
+    wanted = {"resume": False, "shrink": True, "log_every": 9, "attention": "eager", "skip_too_long": True}
+    assert asked["how"] == wanted
+    assert main(command) == 2 and asked["profile"] == PROFILES["tiny"] and asked["stories"] is None
+    del asked["how"]["say"]
+    assert asked["how"] == {"resume": True, "shrink": False, "log_every": None, "attention": None, "skip_too_long": False}
+    main([*command, "--epochs", "2.5"])
+    assert asked["profile"] == dataclasses.replace(PROFILES["tiny"], epochs=2.5, max_steps=-1)
 
 
 WRONG = """
@@ -247,7 +284,6 @@ def finished_run(tmp_path_factory):
     """A run of one step."""
     from helpers import training
     from helpers.evaluation import held_out
-    from helpers.profiles import PROFILES
 
     folder = tmp_path_factory.mktemp("finished")
     profile = dataclasses.replace(PROFILES["tiny"], max_steps=1, lora_r=4, context=512)

@@ -183,7 +183,9 @@ def _rehearse(profile, changes: dict) -> int:
         print(f"its {found.kernels.total():,} kernels, each at the data sheet's speed, of {found.flops / 1e12:,.0f} TFLOP:")
         known = [gpu for gpu in rehearsal.SPEEDS if (gpu, profile.dtype) != ("T4", "bfloat16")]
         fitting = [gpu for gpu in known if budget.GPUS.get(gpu, math.inf) * budget.GIB > found.peak]
-        print("\n".join(f"  {found.bound(gpu)}" for gpu in fitting))
+        for gpu in fitting:
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found.shares(gpu).items())
+            print(f"  {found.bound(gpu)}\n    {shares}")
     return 0
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,25 @@ SPEEDS = {
 }
 
 
+# Thin: with a factor of LoRA or a router, which read much for the little that they multiply. The rest: norms, gates, dropout.
+KINDS = ("matrix products", "attention", "thin products", "unpacking", "the rest")
+
+
+class Kernel(NamedTuple):
+    kind: str  # of `KINDS`
+    flops: int
+    bytes: int  # to move
+
+    def least_seconds(self, gpu: str) -> float:
+        multiplied, moved = SPEEDS[gpu]
+        return max(self.flops / multiplied, self.bytes / moved)
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """Bytes of a pass (a micro-batch forward and backward): what stays, and the most that its tensors take beside that at once.
 
-    `kernels` says how often one with (FLOPs, bytes to move) runs.
+    `kernels` says how often each runs.
     """
 
     rows: int
@@ -58,17 +73,23 @@ class Rehearsal:
     weights: int  # with their scales, and adapters
     gradients: int  # and Adam's two moments
     activations: int
-    kernels: Counter[tuple[int, int]]
+    kernels: Counter[Kernel]
 
     @property
     def flops(self) -> int:
         """Of matrix products and attention, recomputation included."""
-        return sum(times * flops for (flops, _), times in self.kernels.items())
+        return sum(times * kernel.flops for kernel, times in self.kernels.items())
 
     def least_seconds(self, gpu: str) -> float:
         """What a pass takes at least on a GPU of `SPEEDS`, each kernel at the data sheet's speed."""
-        multiplied, moved = SPEEDS[gpu]
-        return sum(times * max(flops / multiplied, size / moved) for (flops, size), times in self.kernels.items())
+        return sum(times * kernel.least_seconds(gpu) for kernel, times in self.kernels.items())
+
+    def shares(self, gpu: str) -> dict[str, float]:
+        """Of `least_seconds`, by kind."""
+        seconds = dict.fromkeys(KINDS, 0.0)
+        for kernel, times in self.kernels.items():
+            seconds[kernel.kind] += times * kernel.least_seconds(gpu)
+        return {kind: part / self.least_seconds(gpu) for kind, part in seconds.items()}
 
     def bound(self, gpu: str) -> str:
         seconds = self.least_seconds(gpu)
@@ -124,27 +145,39 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts kernels by (FLOPs, bytes to move). Unless it knows better, a kernel reads its inputs and writes its outputs."""
+    """Counts kernels. Unless it knows better, a kernel reads its inputs and writes its outputs."""
 
     NONE = frozenset({"_unsafe_view", "_reshape_alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"})
     WRITES = frozenset({"bernoulli_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "new_full", "full_like"})
 
-    def __init__(self):
+    def __init__(self, rank: int):
         super().__init__()
-        self.found: Counter[tuple[int, int]] = Counter()
+        self.rank = rank  # of the adapters
+        self.found: Counter[Kernel] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not view and name not in self.NONE:
-            self.found[self.flops(name, args, out), self.moved(name, args, kwargs, out)] += 1
+            self.found[Kernel(self.kind(name, args), self.flops(name, args, out), self.moved(name, args, kwargs, out))] += 1
         return out
+
+    def kind(self, name: str, args) -> str:
+        if "flash_attention" in name:
+            return "attention"
+        if name.startswith("dequantize"):
+            return "unpacking"
+        if name in ("mm", "bmm", "addmm", "addmm_"):
+            first, second = args[-2:]
+            thinnest = min(*first.shape[-2:], second.shape[-1])
+            return "the rest" if thinnest == 1 else "thin products" if thinnest <= self.rank else "matrix products"
+        return "matrix products" if name == "gemm_4bit" else "the rest"
 
     @staticmethod
     def flops(name: str, args, out) -> int:
         if name in ("mm", "bmm", "addmm", "addmm_"):
-            first, second = args[-2:] if name != "bmm" else args[:2]
+            first, second = args[-2:]
             return 2 * first.numel() * second.shape[-1]
         if name == "gemm_4bit":  # bitsandbytes' linear layer
             return 2 * args[0].numel() * out.shape[-1]
@@ -192,7 +225,7 @@ def rehearse(
     for p in adapters:  # those of the first micro-batch
         p.grad = torch.zeros_like(p)
     base, ids = model.get_base_model(), torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    with _Kernels() as kernels, budget.LiveBytes() as live:
+    with _Kernels(profile.lora_r) as kernels, budget.LiveBytes() as live:
         with _Autocast(dtype), losses.head_input(base) as caught:
             model(input_ids=ids, use_cache=False)
         hidden = caught.pop().flatten(0, 1)

@@ -50,6 +50,14 @@ def test_perfect_control_has_perfect_numbers():
     assert perfect.rows[-1]["length"] == "(none)" and perfect.rows[-1]["in class"] is None
 
 
+def test_a_length_that_lies_in_the_conversation_is_no_information():
+    """Each conversation was asked for one class only, and has its own length: across conversations it would look like control."""
+    perfect = table(lambda c, i: word_range(c)[0] if c else 17)
+    one_each = [r for r in perfect.replies if r["condition"] == LENGTHS[r["story"] % 10]]
+    s = LengthTable("test", one_each, perfect.natural, perfect.sampling, 0).statistics
+    assert s["information_p"] == 1 and s["information_by_chance"] == pytest.approx(math.log2(10))
+
+
 def test_lengths_that_ignore_the_modifier_show_no_effect():
     rng = random.Random(0)
     none = table(lambda c, i: rng.randint(1, 200), n=100)

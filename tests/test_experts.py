@@ -238,6 +238,41 @@ def test_few_rows_through_bitsandbytes_own_product(name, monkeypatch):
             packed(x, index, weight)
 
 
+def test_experts_are_fused_by_the_fullest_and_never_in_float64(monkeypatch):
+    packed, twin = make()
+    index, x, weight = INDICES["top-2"], torch.randn(5, H), torch.rand(5, 2)  # experts of 1 to 3 rows
+    monkeypatch.setitem(nf4.FUSED, "cpu", 2)
+    monkeypatch.setitem(experts.GROUP, "cpu", 2**30)  # all of them handled together
+    factors = lora_factors(dtype=torch.float64)
+    attach(packed, factors)
+    wanted = reference(twin, x.double(), index, weight.double(), *factors)
+    torch.testing.assert_close(packed(x.double(), index, weight.double()), wanted, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        attach(packed, lora_factors())
+        packed(x, index, weight)
+        monkeypatch.setattr(nf4.Unpacker, "times", None)
+        packed(x, index, weight)  # three rows are too many
+        monkeypatch.setitem(nf4.FUSED, "cpu", 3)
+        with pytest.raises(TypeError):
+            packed(x, index, weight)
+
+
+def test_a_single_token_can_be_learned_from_in_bf16():
+    """Few experts, but with gradients: then all factors are in the compute dtype."""
+    packed, twin = make(experts_count=8)
+    for name in experts.STACKS:
+        getattr(packed, name).quant_state.dtype = torch.bfloat16
+    g = torch.Generator().manual_seed(0)
+    factors = [torch.randn(s, generator=g).mul_(0.3).requires_grad_() for s in [(8, R, H), (8, 2 * I, R), (8, R, I), (8, H, R)]]
+    attach(packed, factors)
+    x, index, weight = torch.randn(1, H), torch.tensor([[1, 3]]), torch.rand(1, 2)
+    packed(x.bfloat16(), index, weight).float().square().sum().backward()
+    doubles = [f.detach().double().requires_grad_() for f in factors]
+    reference(twin, x.double(), index, weight.double(), *doubles).square().sum().backward()
+    for found, wanted in zip(factors, doubles, strict=True):
+        assert (found.grad - wanted.grad).norm() < 0.05 * wanted.grad.norm()
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 def test_bitsandbytes_own_product_in_every_precision(dtype, rounding, double_quant):

@@ -241,7 +241,7 @@ def test_few_rows_through_bitsandbytes_own_product(name, monkeypatch):
 def test_experts_are_fused_by_the_fullest_and_never_in_float64(monkeypatch):
     packed, twin = make()
     index, x, weight = INDICES["top-2"], torch.randn(5, H), torch.rand(5, 2)  # experts of 1 to 3 rows
-    monkeypatch.setitem(nf4.FUSED, "cpu", 2)
+    monkeypatch.setitem(nf4.FUSED, "cpu", 5)
     monkeypatch.setitem(experts.GROUP, "cpu", 2**30)  # all of them handled together
     factors = lora_factors(dtype=torch.float64)
     attach(packed, factors)
@@ -249,8 +249,8 @@ def test_experts_are_fused_by_the_fullest_and_never_in_float64(monkeypatch):
     torch.testing.assert_close(packed(x.double(), index, weight.double()), wanted, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         attach(packed, lora_factors())
-        packed(x, index, weight)
-        monkeypatch.setattr(nf4.Unpacker, "times", None)
+        monkeypatch.setattr(nf4.Unpacker, "times", None)  # there to fail
+        monkeypatch.setitem(nf4.FUSED, "cpu", 2)
         packed(x, index, weight)  # three rows are too many
         monkeypatch.setitem(nf4.FUSED, "cpu", 3)
         with pytest.raises(TypeError):

@@ -342,6 +342,7 @@ def test_a_talk_through_a_pipe_is_utf8_and_kept(finished_run, tmp_path):
     shutil.rmtree(finished_run / "chats")
 
 
+@pytest.mark.slow
 def test_two_trainings_do_not_share_a_folder(tmp_path):
     from filelock import FileLock
 

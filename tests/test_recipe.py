@@ -259,6 +259,7 @@ def test_the_held_out_loss_is_the_models_own_by_reply(base, tokenizer):
     assert list(found)[1:] == [n for n in LENGTHS if n in counts]
 
 
+@pytest.mark.slow
 def test_held_out_stories_are_not_trained_on():
     for name in ("tiny", "a100-80"):
         from helpers.data import labelled_stories

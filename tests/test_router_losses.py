@@ -668,7 +668,8 @@ def test_autocast_to_bf16(mixtral):
         assert (found[name] - g).norm() <= 0.02 * g.norm(), name
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_under_torch_compile(backend):
     """Code that was compiled before attaching has no hooks in it, and torch does not check: attaching throws it away."""
     model = small()

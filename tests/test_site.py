@@ -68,6 +68,7 @@ def test_every_picture_has_a_text_alternative(pages):
     assert len(alts) > 15 and not [alt for alt in alts if not alt or "No description" in alt]
 
 
+@pytest.mark.slow
 def test_a_notebook_that_was_run_is_shown_instead_of_the_committed_one(tmp_path):
     name = "03_zloss_moe_patch"
     cell = nbformat.v4.new_markdown_cell("a line of *this* run")

@@ -191,6 +191,7 @@ def test_the_profile_is_chosen_by_memory_and_by_what_the_gpu_can_compute(gib, ca
     assert profile.name == wanted and f"{capability[0]}.{capability[1]}" in why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t4", "l4", "a100-80"])
 def test_the_sample_stories_make_the_few_steps_that_the_profile_speaks_of(name, tokenizer, tmp_path):
     """One or two dozen, a good part of them warm-up: by the tiny tokenizer, which needs more tokens than a large model's."""

@@ -52,7 +52,7 @@ def measured(config, dtype, rows, tokens, rank, dropout, checkpointing, attentio
 @pytest.mark.parametrize("attention", ["sdpa", DOCUMENTS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=[pytest.mark.slow] * (s == "middle")) for s in SIZES])
 def test_the_peak_is_within_a_tenth_of_the_measured_one(size, checkpointing, dtype, attention):
     hidden, layers, inner, words, rows, tokens, rank, dropout = SIZES[size]
     config = tiny_config(words, hidden, layers, inner)

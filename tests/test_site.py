@@ -39,12 +39,14 @@ def pages(tmp_path_factory):
     return {path.name: Page(path.read_text(encoding="utf-8")) for path in first.parent.glob("*.html")}
 
 
+@pytest.mark.slow
 def test_every_page_is_there_and_reached_from_every_other(pages):
     assert sorted(pages) == sorted(name for name, _ in site.PAGES.values())
     for page in pages.values():
         assert set(pages) <= set(page.links)
 
 
+@pytest.mark.slow
 def test_links_lead_somewhere(pages):
     url, ref = repository.address()
     for name, page in pages.items():
@@ -58,11 +60,13 @@ def test_links_lead_somewhere(pages):
             assert not fragment or {fragment, unquote(fragment)} & pages[target or name].ids, f"{name}: {link}"
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_a_network(pages):
     for name, page in pages.items():
         assert [source for source in page.loads if not source.startswith("data:")] == [], name
 
 
+@pytest.mark.slow
 def test_every_picture_has_a_text_alternative(pages):
     alts = [alt for page in pages.values() for alt in page.alts]
     assert len(alts) > 15 and not [alt for alt in alts if not alt or "No description" in alt]

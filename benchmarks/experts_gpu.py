@@ -34,7 +34,6 @@ import argparse
 import functools
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -59,6 +58,7 @@ sys.path.insert(0, str(ROOT))
 from helpers import budget, experts, losses, nf4, qlora
 from helpers.audit import audit
 from helpers.environment import hardware, versions
+from helpers.files import write_json
 from helpers.quantization import random_4bit
 from helpers.rehearsal import CARD_TOKENS
 from helpers.router_losses import attach_router_losses
@@ -445,14 +445,6 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:300]}"
 
 
-def write(path: Path, facts: dict) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 SIZES = {"hidden": 4096, "intermediate": 14336, "layers": 32, "experts": 8, "heads": 32, "vocabulary": 32000, "rank": 32}
 SIZES |= {"row": 10240, "repeats": 5, "ceiling_size": 8192, "compare_layers": 2, "seed": 0}
 SMOKE = {"hidden": 64, "intermediate": 64, "layers": 2, "heads": 4, "vocabulary": 128, "rank": 4, "row": 32, "repeats": 2}
@@ -495,13 +487,13 @@ def main(args: list[str] | None = None) -> dict:
             try:
                 for found in getattr(bench, name)():
                     facts["cases"][name] = found
-                    write(o.out, facts)
+                    write_json(o.out, facts)
             except Exception as error:  # recorded: the next case may work
                 facts["cases"][name] = {**facts["cases"].get(name, {}), "error": in_a_line(error)}
                 clock.say(f"{name}: {facts['cases'][name]['error']}")
             bench.failed()
         facts["seconds"] = clock.now
-        write(o.out, facts)
+        write_json(o.out, facts)
     clock.say(f"results in {o.out}")
     return facts
 

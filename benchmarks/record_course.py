@@ -143,16 +143,19 @@ def hours(gpu: str) -> float:
 
 def large(results: dict, old: str) -> str:
     """What Mixtral's profile takes: computed, as nobody has trained it yet."""
-    from helpers import environment
+    from helpers import budget, environment
     from helpers.profiles import PROFILES
     from helpers.rehearsal import CARD_TOKENS
 
     card = PROFILES["a100-80"]
     download, run = environment.DOWNLOAD_GIB[card.base], environment.run_gib(card)
+    z = budget.of_profile(card).sizes
+    largest = z["experts"] * 2 * z["inner"] * z["hidden"] * 2 / budget.GIB  # a layer's gate and up, in 16 bit
     return (
-        f"This downloads {download} GiB, and a run leaves up to {run:.0f} GiB on the disk; 8 GiB of host memory do, because "
-        f"the weights are packed while they stream in. The card's {CARD_TOKENS / 1e6:.1f} million tokens (an estimate) take at "
-        f"least {hours('A100-80'):.1f} hours on an A100-80 and {hours('H200'):.1f} on an H200: a bound that is computed from the "
+        f"This downloads {download} GiB, and a run leaves up to {run:.0f} GiB on the disk. Beside its 4-bit size, loading takes "
+        f"the memory of two of the model's largest tensors ({2 * largest:.1f} GiB; tested on smaller models), because the "
+        f"weights are packed while they stream in. The card's {CARD_TOKENS / 1e6:.1f} million tokens (an estimate) take at least "
+        f"{hours('A100-80'):.1f} hours on an A100-80 and {hours('H200'):.1f} on an H200: a bound that is computed from the "
         "work of every kernel, not a measurement."
     )
 

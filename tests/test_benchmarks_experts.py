@@ -83,7 +83,7 @@ def test_the_gpu_benchmark_runs_on_tiny_shapes(tmp_path):
     for lines in found["compare"]["variants"].values():
         assert [line["tokens"] for line in lines] == [16, 32] and all(line["seconds"] > 0 for line in lines)
     assert set(found["routers"]["seconds"]) == {"with", "without"}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -57,14 +57,16 @@ def layer_and_inputs(device: str, dtype: torch.dtype, tokens: int):
     [pytest.param(torch.float32, 2e-3, marks=needs_gpu), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)],
 )
 @pytest.mark.parametrize("tokens", [300, 30])
-def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype, tolerance, tokens):
+def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype, tolerance, tokens, monkeypatch):
     """fp32 with room for TF32. So few tokens that bitsandbytes' fused product is used, and so many that it is not."""
-    found = []
+    found, fused, times = [], [], nf4.Unpacker.times
+    monkeypatch.setattr(nf4.Unpacker, "times", lambda self, x, e: (fused.append(e), times(self, x, e))[1])
     for where, kind in (("cpu", torch.float32), (HERE, dtype)):
         layer, x, index, weight, adapters = layer_and_inputs(where, kind, tokens)
         out = layer(x, index, weight)
         out.float().square().sum().backward()
         found.append([t.detach().float().cpu() for t in (out, x.grad, weight.grad, *(p.grad for p in adapters))])
+    assert bool(fused) == (GPU and tokens == 30)
     for wanted, got in zip(*found, strict=True):
         assert (got - wanted).norm() < tolerance * wanted.norm()
 

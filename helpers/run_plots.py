@@ -151,7 +151,7 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
     _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "step", "layer")
     for axes in grid.flat:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # numbers of four digits do not touch
     # One column a row of the log, however many steps lie between two of them.
     over_time.xaxis.set_major_formatter(lambda at, _: f"{steps[round(at)]}" if 0 <= round(at) < len(steps) else "")
     machine.plot(steps, [r["tokens_per_second"] for r in rows], color=BLUE, marker="o", ms=3, label="tokens per second")

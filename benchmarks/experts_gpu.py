@@ -19,12 +19,14 @@ compare     the same step on fewer layers (--compare-layers): ours, stock PEFT o
             parametrisation with PEFT's product; both have 16-bit attention and no dropout, which is to their advantage
 routers     the same step with z-loss and balancing loss, in turns with one without
 attention   rows packed from four documents: SDPA with its mask and document by document, flex_attention, flash-attn if there
+kernels     steps through torch's kernels, in turns with those of `helpers.fused`, and with norms and attention compiled, too
 decode      tokens that one conversation, and 64 at once, get per second after 256 tokens each: experts through bitsandbytes'
             fused product, in turns with unpacking them
 
 What a case measured is written at once; a case that fails (memory, a missing package) leaves its error in the result, and the
 next one runs. After `--minutes` no further measurement begins. `--smoke` runs everything on tiny shapes on the CPU, in a minute.
-It needs torch, transformers, peft and bitsandbytes, and no network. It was never run on a GPU so far.
+It needs torch, transformers, peft and bitsandbytes, and no network. benchmarks/results/ holds what an H200 gave for the first
+three cases; the others have not been run on a GPU.
 """
 
 # ruff: noqa: E402  (what is missing is said before it is imported)
@@ -55,13 +57,15 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from helpers import budget, experts, losses, nf4, qlora
+from helpers import budget, experts, fused, losses, nf4, qlora
 from helpers.audit import audit
 from helpers.environment import hardware, versions
 from helpers.files import write_json
 from helpers.quantization import random_4bit
 from helpers.rehearsal import CARD_TOKENS
 from helpers.router_losses import attach_router_losses
+
+WARM = {"cuda": 4.0}  # seconds of calls before those that are timed
 
 
 class Clock:
@@ -114,17 +118,23 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int, clock: Clock | None = None) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that warms up; fewer, but at least one, when time is over. 0: of one call."""
+    """Seconds of each of `repeats` calls; fewer, but at least one, when time is over. 0: of one call, without any before it.
+
+    Before them come calls that warm up: one, and on a GPU as many as take `WARM` seconds. It loads a kernel when it is first
+    used, and which product takes which one depends on its number of rows, another one for each expert and step.
+    """
     found: list[float] = []
-    for repeat in range(repeats + 1):
+    begun, warm = time.perf_counter(), not repeats
+    while len(found) < max(1, repeats):
         if found and clock and clock.over:
             break
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
-        if repeat or not repeats:
+        if warm:
             found.append(time.perf_counter() - started)
+        warm = warm or time.perf_counter() - begun >= WARM.get(device.type, 0)
     return found
 
 
@@ -230,6 +240,20 @@ def measured(work: Callable[[], object], device: torch.device, repeats: int, clo
     return found
 
 
+KERNELS = {
+    "attention": ("sdpa", "flash", "fmha"),
+    "unpacking": ("dequantize",),
+    "products": ("nvjet", "gemm", "gemv", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm"),
+    "fused": ("_gate", "_take", "_by_token", "_thin_product"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), "the rest")
+
+
 class Bench:
     """The cases. Each is a generator: what it yields is a result so far, which is written before it goes on."""
 
@@ -310,6 +334,10 @@ class Bench:
         events.sort(key=lambda e: -getattr(e, own))
         total = sum(getattr(e, own) for e in events)
         found = {"tokens": rows * row, "seconds": total / 1e6}
+        kinds = Counter()
+        for event in events:
+            kinds[kind_of(event.key)] += getattr(event, own)
+        found["kinds"] = {name: part / total for name, part in kinds.most_common()}
         found["top"] = [{"name": e.key[:90], "share": getattr(e, own) / total, "calls": e.count} for e in events[:20]]
         for line in found["top"][:8]:
             self.clock.say(f"profile: {line['share']:6.1%} {line['calls']:>6} x {line['name']}")
@@ -391,6 +419,47 @@ class Bench:
             self.clock.say(f"attention: {name}: {described_step(found['steps'][name])}")
             yield found
 
+    def kernels(self) -> Iterator[dict]:
+        step, described, found = self.step(), shapes(self.o), {"steps": []}
+        try:
+            fused.fuse(step.model)
+        except ValueError as error:
+            yield {"not here": str(error)}
+            return
+        stacks = [m for m in step.model.modules() if experts.is_experts(m)]
+        ways = {"torch": (False, "force_eager"), "fused": (True, "force_eager"), "fused, rest compiled": (True, "default")}
+        try:
+            for tokens in self.o.tokens:
+                row = min(self.o.row, tokens)
+                rows, seconds, peaks = tokens // row, {name: [] for name in ways}, {}
+                for repeat in range(self.o.repeats + 2):
+                    if min(map(len, seconds.values())) and self.clock.over:
+                        break
+                    for name, (on, stance) in ways.items():
+                        for module in stacks:
+                            module.fused_kernels = on
+                        torch.compiler.set_stance(stance)
+                        torch.cuda.reset_peak_memory_stats(self.device)
+                        (took,) = timed(lambda rows=rows, row=row: step(rows, row), self.device, 0)
+                        if repeat > 1:  # the first compile and warm up
+                            seconds[name].append(took)
+                            peaks[name] = torch.cuda.max_memory_allocated(self.device) / budget.GIB
+                work = sum(flops(described, rows * row, row, self.o.rank).values())
+                for name, times in seconds.items():
+                    median = statistics.median(times)
+                    entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
+                    entry |= {"tokens_per_second": rows * row / median, "peak_gib": peaks[name], "repeats": len(times)}
+                    entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
+                    entry |= {"share_of_ceiling": work / median / self.top} if self.top else {}
+                    found["steps"].append(entry)
+                    self.clock.say(f"kernels: {name}: {described_step(entry)}")
+                yield found
+                if self.clock.over:
+                    break
+        finally:
+            torch.compiler.set_stance("default")
+            self.forget()  # its modules stay compiled
+
     def decode(self) -> Iterator[dict]:
         model, kept = self.step().model.eval(), dict(nf4.FUSED)
         found = {"context": min(256, self.o.row), "conversations": {}}
@@ -424,7 +493,7 @@ class Bench:
         return took / tokens
 
 
-CASES = ("ceiling", "steps", "profile", "compare", "routers", "attention", "decode")
+CASES = ("ceiling", "steps", "profile", "compare", "routers", "attention", "decode", "kernels")
 
 
 def described_step(entry: dict) -> str:
@@ -433,6 +502,7 @@ def described_step(entry: dict) -> str:
     parts = [f"{entry['tokens']:,} tokens" if "tokens" in entry else None, f"{entry['seconds']:.3f} s"]
     if "tokens_per_second" in entry:
         parts += [f"{entry['tokens_per_second']:,.0f} tokens/s", f"the card's training {entry['hours_of_the_card']:.2f} h"]
+    if "budget_gib" in entry:
         parts += [f"by the budget {entry['budget_gib']:.1f} GiB"]
     if "peak_gib" in entry:
         parts.append(f"peak {entry['peak_gib']:.1f} GiB")

@@ -160,7 +160,9 @@ def _budget(options) -> int:
     model = budget.of_profile(profile)
     changes = {"micro_batch": options.micro_batch, "context": options.context, "checkpointing": options.checkpointing}
     if options.rehearse:
-        return _rehearse(profile, changes)
+        return _rehearse(profile, changes, options.fused_kernels)
+    if options.fused_kernels:
+        raise ValueError("--fused-kernels goes with --rehearse: the estimate is for torch's own kernels")
     print(budget.estimate(profile, **changes))
     for gpu, gib in budget.GPUS.items():
         found = budget.suggest(model, gib, checkpointing=True if options.checkpointing is None else options.checkpointing)
@@ -168,14 +170,14 @@ def _budget(options) -> int:
     return 0
 
 
-def _rehearse(profile, changes: dict) -> int:
+def _rehearse(profile, changes: dict, fused_kernels: bool) -> int:
     from helpers import budget, rehearsal
 
     checkpointing = changes.pop("checkpointing")
     if checkpointing is not None:
         profile = dataclasses.replace(profile, gradient_checkpointing=checkpointing)
     print("running the step on tensors without storage: less than a minute …", flush=True)
-    found = rehearsal.rehearse(profile, **changes)
+    found = rehearsal.rehearse(profile, **changes, fused_kernels=fused_kernels)
     print(found)
     guess = budget.estimate(profile, **changes)
     print(f"estimated: {guess.peak / budget.GIB:.2f} GiB")
@@ -237,6 +239,7 @@ def _train(options) -> int:
             log_every=options.log_every,
             shrink=options.shrink,
             attention=options.attention,
+            fused_kernels=options.fused_kernels,
             skip_too_long=options.skip_bad_stories,
             say=say,
         )
@@ -397,6 +400,7 @@ def command_line() -> argparse.ArgumentParser:
     either.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
     either.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
     budget.add_argument("--rehearse", action="store_true", help="count instead: run the step on tensors without storage")
+    budget.add_argument("--fused-kernels", action="store_true", help="rehearse with the kernels of that option of `train`")
     budget.set_defaults(run_command=_budget)
 
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
@@ -425,6 +429,9 @@ def command_line() -> argparse.ArgumentParser:
         "--shrink", action="store_true", help="if memory runs out, go on with half the micro-batch, added up twice"
     )
     train.add_argument("--attention", choices=ATTENTIONS, help="how packed rows are computed; default: the best here")
+    train.add_argument(
+        "--fused-kernels", action="store_true", help="Triton kernels for what experts do between products: not timed on a GPU yet"
+    )
     train.add_argument("--anyway", action="store_true", help="although the GPU or the disk is too small for the profile")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")
     train.set_defaults(run_command=_train)

@@ -61,6 +61,7 @@ def documents_mask(
     return starts.diff(append=starts.new_tensor([batch_size * q_length]))
 
 
+@torch.compiler.disable  # where documents end differs from batch to batch: compiled, each would be code of its own
 def documents_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
@@ -84,7 +85,7 @@ AttentionMaskInterface.register(DOCUMENTS, documents_mask)
 def choose_attention(kind: type, dtype: torch.dtype | str, asked: str | None = None) -> tuple[str, str]:
     """Which attention a model of class `kind` is trained with here (transformers' name for it), and why.
 
-    Run so far, on CPUs: "sdpa_documents", "sdpa", "eager", and flex_attention's forward pass. Not run: anything on a GPU.
+    Run so far: "sdpa_documents", "sdpa" and "eager" on CPUs and on an H200, flex_attention there, and its forward pass on CPUs.
     """
     if asked:
         return asked, "asked for"

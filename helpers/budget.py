@@ -232,7 +232,7 @@ def _activations(
     mask = most * inner if dropout else 0  # a byte each
     # the gate's backward pass, or the unpacked matrices through which the gradient goes back into the input
     gate = (8 if dropout else 7) * inner + 2 * h
-    expert = max(most * gate * s, (2 * inner * h * together + most * (2 * inner + 3 * h)) * s) + mask
+    expert = max(most * gate * s, (2 * inner * h * together + most * (2 * inner + 2 * h)) * s) + mask
     scales = 4 * 3 * z["experts"] * inner * h // 64  # of both stacks, for as long as a pass over the experts takes
     working = expert + scales + (2 + k) * stream + (rows * tokens**2 if masked else 0)
     from helpers.losses import CHUNK, FEWEST
@@ -244,7 +244,7 @@ def _activations(
 
 def _together(assignments: int, experts: int, inner: int, hidden: int, device: str) -> tuple[int, int]:
     """(experts that are handled together, tokens of theirs) if all experts have as many tokens."""
-    from helpers.experts import groups_of
+    from helpers.expert_pass import groups_of
 
     each = max(1, assignments // experts)
     first = groups_of([each * (e + 1) for e in range(experts)], torch.Size((experts, 2 * inner, hidden)), device)[0]

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig
 
-from helpers import budget, losses, qlora, quantization
+from helpers import budget, fused, losses, qlora, quantization
 from helpers.audit import audit
 from helpers.profiles import Profile
 from helpers.router_losses import attach_router_losses
@@ -49,6 +49,10 @@ SPEEDS = {
 
 # Thin: with a factor of LoRA or a router, which read much for the little that they multiply. The rest: norms, gates, dropout.
 KINDS = ("matrix products", "attention", "thin products", "unpacking", "the rest")
+
+
+# Where among the arguments the thin matrix and its factor are.
+FUSED_PRODUCTS = {"thin_product": [(0, 1)], "gate": [(1, 2)], "gate_back": [(1, 2), (4, 5)]}
 
 
 class Kernel(NamedTuple):
@@ -168,6 +172,8 @@ class _Kernels(TorchDispatchMode):
             return "attention"
         if name.startswith("dequantize"):
             return "unpacking"
+        if name == "thin_product":
+            return "thin products"
         if name in ("mm", "bmm", "addmm", "addmm_"):
             first, second = args[-2:]
             thinnest = min(*first.shape[-2:], second.shape[-1])
@@ -185,6 +191,9 @@ class _Kernels(TorchDispatchMode):
             query = args[1 if "backward" in name else 0]
             batch, heads, tokens, size = query.shape
             return (5 if "backward" in name else 2) * batch * heads * tokens**2 * size
+        if name in FUSED_PRODUCTS:  # of an adapter, within a kernel of `helpers.fused`
+            pairs = [(args[i], args[j]) for i, j in FUSED_PRODUCTS[name] if args[i] is not None]
+            return sum(2 * thin.shape[0] * factor.numel() for thin, factor in pairs)
         return 0
 
     @classmethod
@@ -197,15 +206,24 @@ class _Kernels(TorchDispatchMode):
             return size(out)
         if name in ("index", "embedding", "gather"):  # of the table, only what is taken out
             return 2 * size(out)
+        if name == "take":
+            made = [t for t in args[2:4] if t is not None]
+            return size(args[1]) + (1 + len(made)) * size(made[0])
         if name in ("index_put_", "copy_"):
             return 2 * size(args[2] if name == "index_put_" else args[1])
         return size(args, kwargs) + size(out)
 
 
 def rehearse(
-    profile: Profile, micro_batch: int | None = None, context: int | None = None, config: PreTrainedConfig | None = None
+    profile: Profile,
+    micro_batch: int | None = None,
+    context: int | None = None,
+    config: PreTrainedConfig | None = None,
+    fused_kernels: bool = False,
 ) -> Rehearsal:
     """Run the second micro-batch of an accumulated step of a profile, or of another model (`config`) with its adapters.
+
+    `fused_kernels`: with those of `helpers.fused` for the experts. What torch.compile would fuse is not counted.
 
     Raises whatever the step raises.
     """
@@ -216,6 +234,8 @@ def rehearse(
     parts = {"experts": profile.lora_experts, "router": profile.lora_router}
     with torch.device("meta"):  # else PEFT draws the adapters before it moves them
         model = qlora.add_lora(model, profile.lora_r, profile.lora_alpha, profile.lora_dropout, **parts).to("meta").train()
+    if fused_kernels:
+        fused.fuse(model)
     handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
     if profile.gradient_checkpointing:
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Autocast(dtype))}

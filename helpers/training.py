@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from helpers import budget, qlora, resume
+from helpers import budget, fused, qlora, resume
 from helpers.attention import DOCUMENTS, check_packing, choose_attention
 from helpers.audit import audit
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
@@ -116,6 +116,7 @@ def train(
     shrink: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     attention: str | None = None,
+    fused_kernels: bool = False,
     skip_too_long: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> TrainingResult:
@@ -127,7 +128,8 @@ def train(
     suffice, go on from the last checkpoint with half the micro-batch and twice the accumulation. The rows of a step stay
     the same, so without dropout the trajectory does too, but for rounding and the balancing loss, which is a product of two
     means of each micro-batch (one process only: of several, each would wait).
-    `attention`: transformers' name of one, instead of what `choose_attention` finds. `log_every`: steps from one row of the log
+    `attention`: transformers' name of one, instead of what `choose_attention` finds. `fused_kernels`: those of `helpers.fused`,
+    which are an option because no GPU has timed them. `log_every`: steps from one row of the log
     to the next (None: 10, or 1 in a run of up to 200 steps). `skip_too_long`: leave out stories of which nothing fits the
     context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and where it is.
 
@@ -144,7 +146,8 @@ def train(
     output_dir = _writable(Path(output_dir))
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process
     with alone(output_dir) if main else contextlib.nullcontext():
-        run = _Run.begin(profile, stories, output_dir, resume, attention, skip_too_long, say or (lambda _text: None))
+        say = say or (lambda _text: None)
+        run = _Run.begin(profile, stories, output_dir, resume, attention, fused_kernels, skip_too_long, say)
         if isinstance(run, TrainingResult):
             return run
         while True:
@@ -187,6 +190,7 @@ class _Run:
     source: str  # of the stories
     micro_batch: int  # of now: smaller than the profile's after a lack of memory
     attention: str | None = None  # None: the best there is
+    fused_kernels: bool = False
     processes: int = 1
     say: Callable[[str], None] = print
 
@@ -198,6 +202,7 @@ class _Run:
         run_dir: Path,
         go_on: bool,
         attention: str | None,
+        fused_kernels: bool,
         skip_too_long: bool,
         say: Callable[[str], None],
     ) -> _Run | TrainingResult:
@@ -227,7 +232,8 @@ class _Run:
             return load_result(run_dir)
         source = OF_PROFILE if stories is None else "given"
         micro_batch = before.get("micro_batch", profile.micro_batch)
-        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, attention, state.num_processes, say)
+        how = attention, fused_kernels
+        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, *how, state.num_processes, say)
         say(f"corpus: {corpus}")
         say(f"{run.steps} steps, {profile.warmup_steps} of them warm-up")
         if profile.warmup_steps > run.steps / 3:
@@ -311,6 +317,10 @@ class _Run:
             tell(f"loading {profile.base} in 4 bit …")
         model = prepare_model(profile, attention)
         report = audit(model).check()
+        if self.fused_kernels:
+            stacks = fused.fuse(model)
+            if main:
+                print(f"fused kernels: in {stacks} expert stacks; the first step compiles what is around them", flush=True)
         if corpus.samples > len(corpus.rows):  # else no row holds several
             half = torch.bfloat16 if args.bf16 else torch.float16
             with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):  # as the trainer runs it

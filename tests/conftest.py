@@ -15,6 +15,7 @@ from helpers import environment
 
 if not os.environ.get("COURSE_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used; processes that a test starts have it, too
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, if Triton is there; read when they are defined
 
 torch.set_num_threads(1)
 environment.quiet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -141,6 +142,46 @@ def test_the_time_limit_holds(tmp_path):
     over, calls = experts_gpu.Clock(0), []
     assert len(experts_gpu.timed(lambda: calls.append(1), torch.device("cpu"), 5, over)) == 1 and len(calls) == 2
     assert len(experts_gpu.timed(lambda: None, torch.device("cpu"), 5, experts_gpu.Clock(1))) == 5
+
+
+def test_a_gpu_is_warm_before_it_is_timed(monkeypatch):
+    monkeypatch.setitem(experts_gpu.WARM, "cpu", 0.1)
+    calls = []
+    found = experts_gpu.timed(lambda: (calls.append(1), time.sleep(0.03)), torch.device("cpu"), 2)
+    assert len(found) == 2 and 2 + 2 <= len(calls) <= 2 + 4, "four or fewer to fill 0.1 s, and the two that count"
+    calls.clear()
+    assert len(experts_gpu.timed(lambda: calls.append(1), torch.device("cpu"), 0)) == len(calls) == 1
+
+
+def test_kernels_are_told_apart_by_name():
+    """By names that an H200 gave."""
+    found = {
+        "nvjet_sm90_tst_192x208_64x4_2x1_v_badd_coopB_TNT": "products",
+        "void gemv2T_kernel_val<int, int, __nv_bfloat16, float, 128, 16, 4, 4, false>": "products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1": "attention",
+        "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*)": "unpacking",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>": "the rest",
+        "_gate_back": "fused",
+    }
+    assert {name: experts_gpu.kind_of(name) for name in found} == found
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "experts-h200.json").read_text(encoding="utf-8"))
+    kinds = {experts_gpu.kind_of(kernel["name"]) for kernel in recorded["cases"]["profile"]["top"]}
+    assert kinds == {"products", "attention", "unpacking", "the rest"}
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_the_recorded_shares_follow_from_the_recorded_times(step):
+    """What the H200's file says, from its own seconds and the FLOPs of the shapes."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "experts-h200.json").read_text(encoding="utf-8"))
+    took = found["cases"]["steps"]["steps"][step]
+    shapes = experts_gpu.shapes(experts_gpu.parse([]))
+    flops = sum(experts_gpu.flops(shapes, took["tokens"], took["row"], found["settings"]["rank"]).values())
+    top = 1e12 * found["cases"]["ceiling"]["tflops"]
+    assert took["share_of_ceiling"] == pytest.approx(flops / took["seconds"] / top)
+    assert took["tokens_per_second"] == pytest.approx(took["tokens"] / took["seconds"])
+    assert took["hours_of_the_card"] == pytest.approx(25.5e6 / took["tokens_per_second"] / 3600)
+    parts = {row["part"]: row for row in found["cases"]["steps"]["model"]}
+    assert parts["experts"]["4-bit"] == 1 and parts["experts"]["weights"] == 32 * 8 * 3 * 4096 * 14336
 
 
 def test_a_missing_package_is_one_sentence():

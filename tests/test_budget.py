@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from helpers import budget, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
 from helpers.audit import audit
-from helpers.profiles import PROFILES
+from helpers.profiles import PROFILES, ROOT
 from helpers.quantization import random_4bit
 from helpers.tiny import tiny_config
 
@@ -62,6 +63,17 @@ def test_the_peak_is_within_a_tenth_of_the_measured_one(size, checkpointing, dty
     assert 0.9 < expected.peak / found < 1.1, f"{expected.peak:,} expected, {found:,} measured"
     activations = sum(expected.parts[p] for p in ("kept", "layer"))
     assert activations > 0.25 * found, "weights alone must not carry the comparison"
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_the_peak_at_mixtrals_shapes_is_within_a_tenth_of_what_a_gpu_took(step):
+    """And not below it: what the budget calls fitting must fit."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "experts-h200.json").read_text(encoding="utf-8"))
+    took = found["cases"]["steps"]["steps"][step]
+    model = budget.describe(budget.config_of(PROFILES["a100-80"]), "bfloat16", r=found["settings"]["rank"])
+    expected = budget.estimate(model, took["rows"], took["row"], True, found["settings"]["dropout"])
+    assert 1 <= expected.peak / budget.GIB / took["peak_gib"] < 1.1
+    assert expected.peak / budget.GIB == pytest.approx(took["budget_gib"], rel=0.01)
 
 
 @pytest.mark.parametrize("left_out", [None, "experts", "router", "attention"])

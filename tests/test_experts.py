@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from helpers import experts, nf4
+from helpers import expert_pass, experts, nf4
 from helpers.quantization import load_4bit
 
 E, H, I, R = 4, 64, 128, 3  # noqa: E741
@@ -242,7 +242,7 @@ def test_experts_are_fused_by_the_fullest_and_never_in_float64(monkeypatch):
     packed, twin = make()
     index, x, weight = INDICES["top-2"], torch.randn(5, H), torch.rand(5, 2)  # experts of 1 to 3 rows
     monkeypatch.setitem(nf4.FUSED, "cpu", 5)
-    monkeypatch.setitem(experts.GROUP, "cpu", 2**30)  # all of them handled together
+    monkeypatch.setitem(expert_pass.GROUP, "cpu", 2**30)  # all of them handled together
     factors = lora_factors(dtype=torch.float64)
     attach(packed, factors)
     wanted = reference(twin, x.double(), index, weight.double(), *factors)
@@ -352,7 +352,7 @@ def test_the_scale_multiplies_the_adapters_product():
 @pytest.mark.parametrize("together", [0, 2**20])
 def test_dropout_draws_the_same_mask_in_backward(monkeypatch, together):
     """A finite difference along one direction sees the mask of forward; the gradient must agree with it."""
-    monkeypatch.setitem(experts.GROUP, "cpu", together)
+    monkeypatch.setitem(expert_pass.GROUP, "cpu", together)
     packed, _ = make()
     factors = lora_factors()
     attach(packed, factors, dropout=0.5)
@@ -402,7 +402,7 @@ def test_experts_handled_together_give_what_they_give_alone(monkeypatch, most, k
     counted = lambda *a, **kw: (unpacked.append(1), original(*a, **kw))[1]  # noqa: E731
     monkeypatch.setattr(nf4.bnbf, "dequantize_4bit", counted)
     for together, rows in ((0, 2**20), (most, 2 * I * 7)):
-        monkeypatch.setitem(experts.GROUP, "cpu", together)
+        monkeypatch.setitem(expert_pass.GROUP, "cpu", together)
         monkeypatch.setitem(nf4.PIECE, "cpu", max(rows, 2 * I * H))
         out = packed(inputs[0], index, inputs[1])
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs), torch.tensor(len(unpacked))])
@@ -418,7 +418,7 @@ def test_experts_handled_together_give_what_they_give_alone(monkeypatch, most, k
 def test_a_batch_of_products_stays_within_a_gpus_grid():
     """`bmm` of one row and one column for each of 80,000 assignments (4 rows of 10k, all to one expert) may go beyond 65,535."""
     wide = torch.empty(81_920, 8, device="meta")  # what a GPU would be given: no limit by the cache
-    blocks = experts._row_blocks(wide)
+    blocks = expert_pass.row_blocks(wide)
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]] and blocks[-1].stop == len(wide)
     assert len(blocks) > 1 and all(block.stop - block.start < 65_536 for block in blocks)
 
@@ -546,11 +546,13 @@ def test_each_stack_has_its_own_scale():
 @pytest.mark.parametrize("tokens", [1, 1000, 200_000])
 def test_groups_stay_within_what_a_gpu_handles_at_once(tokens):
     shape = torch.Size((64, 2048, 2048))  # OLMoE: 2I, H
-    groups = experts.groups_of([tokens * (e + 1) for e in range(64)], shape, "cuda")
+    groups = expert_pass.groups_of([tokens * (e + 1) for e in range(64)], shape, "cuda")
     assert [e for g in groups for e, _ in g.spans] == list(range(64))
     for g in groups:
-        assert len(g.spans) == 1 or max(len(g.spans) * shape[2], g.rows.stop - g.rows.start) * shape[1] <= experts.GROUP["cuda"]
-    decoding = experts.groups_of([0] * 10 + [1] * 5 + [2] * 49, shape, "cuda")  # experts 10 and 15
+        assert (
+            len(g.spans) == 1 or max(len(g.spans) * shape[2], g.rows.stop - g.rows.start) * shape[1] <= expert_pass.GROUP["cuda"]
+        )
+    decoding = expert_pass.groups_of([0] * 10 + [1] * 5 + [2] * 49, shape, "cuda")  # experts 10 and 15
     assert [[e for e, _ in g.spans] for g in decoding] == [[10], [15]], "nothing between them is unpacked"
 
 

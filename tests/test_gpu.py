@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import budget, nf4, qlora, training
+from helpers import budget, fused, nf4, qlora, training
 from helpers.audit import audit
 from helpers.generation import Prompt, Sampling, generate_replies
 from helpers.profiles import PROFILES
@@ -56,25 +56,32 @@ def layer_and_inputs(device: str, dtype: torch.dtype, tokens: int):
     "dtype, tolerance",
     [pytest.param(torch.float32, 2e-3, marks=needs_gpu), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)],
 )
-@pytest.mark.parametrize("tokens", [300, 30])
-def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype, tolerance, tokens, monkeypatch):
-    """fp32 with room for TF32. So few tokens that bitsandbytes' fused product is used, and so many that it is not."""
-    found, fused, times = [], [], nf4.Unpacker.times
-    monkeypatch.setattr(nf4.Unpacker, "times", lambda self, x, e: (fused.append(e), times(self, x, e))[1])
+@pytest.mark.parametrize("tokens, kernels", [(300, False), (30, False), pytest.param(300, True, marks=needs_gpu)])
+def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype, tolerance, tokens, kernels, monkeypatch):
+    """fp32 with room for TF32. So few tokens that bitsandbytes' fused product is used, and so many that it is not.
+
+    `kernels`: those of `helpers.fused`, which `tests/test_fused.py` tests one by one, there too.
+    """
+    found, decoding, times = [], [], nf4.Unpacker.times
+    monkeypatch.setattr(nf4.Unpacker, "times", lambda self, x, e: (decoding.append(e), times(self, x, e))[1])
     for where, kind in (("cpu", torch.float32), (HERE, dtype)):
         layer, x, index, weight, adapters = layer_and_inputs(where, kind, tokens)
+        if kernels and where == "cuda":
+            assert fused.fuse(layer) == 1
         out = layer(x, index, weight)
         out.float().square().sum().backward()
         found.append([t.detach().float().cpu() for t in (out, x.grad, weight.grad, *(p.grad for p in adapters))])
-    assert bool(fused) == (GPU and tokens == 30)
+    assert bool(decoding) == (GPU and tokens == 30)
     for wanted, got in zip(*found, strict=True):
         assert (got - wanted).norm() < tolerance * wanted.norm()
 
 
-def test_a_run_takes_the_gpu_by_itself_and_learns(tmp_path):
-    """Whole steps: data, 4-bit model, adapters, router losses, Adam."""
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_gpu)])
+def test_a_run_takes_the_gpu_by_itself_and_learns(kernels, tmp_path):
+    """Whole steps: data, 4-bit model, adapters, router losses, Adam; with fused kernels and compiled attention, too."""
     base = small_runs.make_base(tmp_path / "base")
-    result = small_runs.train(base, tmp_path / "run", small_runs.small_profile(base, lora_dropout=0.0), log_every=1)
+    profile = small_runs.small_profile(base, lora_dropout=0.0)
+    result = small_runs.train(base, tmp_path / "run", profile, log_every=1, fused_kernels=kernels)
     where = {p.device.type for p in training.prepare_model(small_runs.small_profile(base)).parameters()}
     assert where == {HERE}
     losses = [row["loss"] for row in result.history]

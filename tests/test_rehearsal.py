@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers import budget, experts, nf4, qlora
+from helpers import budget, expert_pass, nf4, qlora
 from helpers.__main__ import main
 from helpers.audit import audit
 from helpers.profiles import PROFILES
@@ -75,7 +75,7 @@ def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
     def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-    as_on_a_gpu = patch.dict(nf4.PIECE, {"cpu": 2**40}), patch.dict(experts.GROUP, {"cpu": experts.GROUP["cuda"]})
+    as_on_a_gpu = patch.dict(nf4.PIECE, {"cpu": 2**40}), patch.dict(expert_pass.GROUP, {"cpu": expert_pass.GROUP["cuda"]})
     with as_on_a_gpu[0], as_on_a_gpu[1]:
         step()
         with budget.LiveBytes() as live:

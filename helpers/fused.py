@@ -1,0 +1,136 @@
+"""The kernels of `expert_kernels` as torch operators; switching them on, and whether they can be used here.
+
+As operators of a library ("moe_course") they have a place in torch's dispatcher: what counts kernels or runs a step without
+numbers, on the meta device, sees them like torch's own. Each writes into tensors that it is given.
+
+They are an option (`fuse`, `--fused-kernels`), and not the default: Triton's interpreter has run them, and its compiler has
+translated them for the GPUs of A100 and H100, but they have not been run or timed on a GPU yet. Without them torch's own kernels
+compute the same in more passes over memory; so it is on CPUs, on GPUs before Ampere, and for gates other than SiLU's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+COLUMNS = 128  # of a program's tile
+DEVICES = {"cuda", "meta"}  # where they may run; with Triton's interpreter, for tests, on CPUs
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AMPERE = (8, 0)
+
+LIBRARY = torch.library.Library("moe_course", "DEF")
+
+
+def _operator(schema: str) -> Callable[..., None]:
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+
+    def launch(*args) -> None:
+        getattr(import_module("helpers.expert_kernels"), name)(*args)
+
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(name, launch, device)
+    LIBRARY.impl(name, lambda *_: None, "Meta")
+    return getattr(torch.ops.moe_course, name).default
+
+
+# x (T, H), token (n,) → rows = x[token] (n, H), and kept: what dropout leaves of them. One of the two may be None.
+take = _operator("take(Tensor x, Tensor token, Tensor(a!)? rows, Tensor(b!)? kept, int seed, float dropout) -> ()")
+
+# h (n, 2I) + thin (n, r) @ b (2I, r)ᵀ → gated = silu(first half) · second half (n, I), and kept: what dropout leaves of it.
+# The n rows are those from `first` on of a group that shares a seed; so below.
+gate = _operator(
+    "gate(Tensor h, Tensor? thin, Tensor? b, Tensor(a!) gated, Tensor(b!)? kept, int first, int seed, float dropout) -> ()"
+)
+
+# The derivative. With ga = g (n, I) + what dropout leaves of thin2 (n, r) @ a2 (r, I), the gradient of the gated activations:
+# gh (n, 2I), the gradient of h; kept again; partial (n, blocks of columns) fp32, whose sum over a row is ⟨ga, gated⟩.
+gate_back = _operator(
+    "gate_back(Tensor h, Tensor? thin1, Tensor? b, Tensor g, Tensor? thin2, Tensor? a2, Tensor(a!) gh, Tensor(b!)? kept, "
+    "Tensor(c!) partial, int first, int seed, float dropout) -> ()"
+)
+
+# out (n, m) = what dropout leaves of thin (n, r) @ a (r, m).
+thin_product = _operator("thin_product(Tensor thin, Tensor a, Tensor(a!) out, int first, int seed, float dropout) -> ()")
+
+# rows (T·k, H), place (T·k,), weight (T·k,) → out (T, H): for each token the weighted sum of its k rows, which are at `place`.
+by_token = _operator("by_token(Tensor rows, Tensor place, Tensor weight, Tensor(a!) out) -> ()")
+
+
+def partials(like: Tensor) -> Tensor:
+    """For `gate_back`, beside g (n, I): (n, blocks of columns)."""
+    return like.new_empty(len(like), -(-like.shape[1] // COLUMNS), dtype=torch.float32)
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the GPU at hand cannot run them, if so. Tried out, because Triton needs compilers of its own."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability() < AMPERE:
+        return "they need a GPU from Ampere on"
+    thin, a = (torch.ones(shape, device="cuda", dtype=torch.float16) for shape in ((3, 4), (4, 70)))
+    out = torch.empty(3, 70, device="cuda", dtype=torch.float16)
+    try:
+        thin_product(thin, a, out, 0, 0, 0.0)
+        right = bool((out == 4).all())
+    except Exception as error:  # compilers and drivers have their own
+        return f"Triton fails with {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    return None if right else "Triton's kernels give wrong numbers"
+
+
+def suits(experts: nn.Module) -> bool:
+    """Whether the gate of an expert stack is the one that the kernels compute."""
+    own = type(experts)._apply_gate.__module__.startswith("transformers.integrations.")  # none of the model's
+    return own and experts.is_concatenated and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def fuse(model: nn.Module, compiled: bool = True) -> int:
+    """Switch the kernels on in every expert stack of a model that suits; how many that are.
+
+    `compiled`: norms and attention, whose small kernels take as long again, are handed to torch.compile. They are compiled when
+    they are first run, which takes a minute.
+
+    ValueError if the model's GPU cannot run them, or none of its experts suits.
+    """
+    stacks = [m for m in model.modules() if hasattr(type(m), "_apply_gate") and suits(m)]
+    device = next(model.parameters()).device.type
+    if device == "cuda" and (why := problem()):
+        raise ValueError(f"the fused kernels cannot be used here: {why}; train without them")
+    if device not in DEVICES:
+        raise ValueError(f"the fused kernels run on a CUDA GPU, and this model is on {device}: train without them")
+    if not stacks:
+        raise ValueError("the fused kernels compute experts with a SiLU gate, and this model has none: train without them")
+    for module in stacks:
+        module.fused_kernels = True
+    if compiled and device == "cuda":
+        compile_around_experts(model)
+    return len(stacks)
+
+
+def compile_around_experts(model: nn.Module) -> list[str]:
+    """Hand the norms and the attention of each decoder layer to torch.compile; their names.
+
+    The experts stay as they are: how many rows each has, Python must know.
+    """
+    found = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        within = any(name.startswith(outer + ".") for outer in found)  # norms inside attention go with it
+        if (last == "self_attn" or last.endswith("norm")) and not within:
+            module.compile(dynamic=True)
+            found.append(name)
+    return found
+
+
+def usable(experts: nn.Module, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a pass over an expert stack, on `like`'s device and computed in `dtype`, goes through the kernels."""
+    return experts.__dict__.get("fused_kernels", False) and like.device.type in DEVICES and dtype in DTYPES

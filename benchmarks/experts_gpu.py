@@ -429,26 +429,28 @@ class Bench:
         stacks = [m for m in step.model.modules() if experts.is_experts(m)]
         ways = {"torch": (False, "force_eager"), "fused": (True, "force_eager"), "fused, rest compiled": (True, "default")}
         try:
-            for tokens in self.o.tokens:
-                row = min(self.o.row, tokens)
+            for number, tokens in enumerate(sorted(self.o.tokens, reverse=True)):
+                row, warm = min(self.o.row, tokens), 2 if number == 0 else 1  # rounds, of which the very first compiles
                 rows, seconds, peaks = tokens // row, {name: [] for name in ways}, {}
-                for repeat in range(self.o.repeats + 2):
+                for repeat in range(self.o.repeats + warm):
                     if min(map(len, seconds.values())) and self.clock.over:
                         break
                     for name, (on, stance) in ways.items():
                         for module in stacks:
                             module.fused_kernels = on
                         torch.compiler.set_stance(stance)
-                        torch.cuda.reset_peak_memory_stats(self.device)
+                        if self.device.type == "cuda":
+                            torch.cuda.reset_peak_memory_stats(self.device)
                         (took,) = timed(lambda rows=rows, row=row: step(rows, row), self.device, 0)
-                        if repeat > 1:  # the first compile and warm up
+                        if repeat >= warm:
                             seconds[name].append(took)
-                            peaks[name] = torch.cuda.max_memory_allocated(self.device) / budget.GIB
+                        if self.device.type == "cuda":
+                            peaks[name] = {"peak_gib": torch.cuda.max_memory_allocated(self.device) / budget.GIB}
                 work = sum(flops(described, rows * row, row, self.o.rank).values())
                 for name, times in seconds.items():
                     median = statistics.median(times)
                     entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
-                    entry |= {"tokens_per_second": rows * row / median, "peak_gib": peaks[name], "repeats": len(times)}
+                    entry |= {"tokens_per_second": rows * row / median, "repeats": len(times), **peaks.get(name, {})}
                     entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
                     entry |= {"share_of_ceiling": work / median / self.top} if self.top else {}
                     found["steps"].append(entry)

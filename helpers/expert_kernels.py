@@ -1,6 +1,6 @@
 """What experts do between two matrix products, as Triton kernels: one reading and one writing where torch has several.
 
-A step of Mixtral-8x7B on an H200 spent a fifth of its time there in torch's own kernels (benchmarks/experts_gpu.py, case
+A step of Mixtral-8x7B on an H200 spends much of its time there in torch's own kernels (benchmarks/experts_gpu.py, case
 `profile`): drawing masks, multiplying by them, the gate and its derivative, adding the adapter's share, summing by token. All of
 that waits for memory, so what counts is how often a tensor as wide as an expert passes. `helpers.fused` gives these kernels their
 names as torch operators; only it imports this module, which needs Triton.

@@ -173,7 +173,10 @@ class Pass:
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+    """What a mask of bool leaves of x. CUDA has a kernel for it; a product of two dtypes converts entry by entry."""
+    if mask is None:
+        return x
+    return x * mask if x.device.type == "cpu" else torch.ops.aten.native_dropout_backward(x, mask, 1.0)
 
 
 def _thin(x: Tensor, few: Tensor, out: Tensor) -> None:
@@ -244,7 +247,9 @@ def product_back(
     if thin is not None:
         for e, rows in group.spans:
             torch.mm(_rows(thin, rows), a[e], out=_rows(gx, rows))
-        if mask is not None:
+        if out is None:
+            gx = _kept(gx, mask)
+        elif mask is not None:
             gx.mul_(mask)
     for _, rows, pieces in unpack.over(group.spans):
         part_g, part_x = _rows(g, rows), _rows(gx, rows)

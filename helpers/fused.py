@@ -32,7 +32,8 @@ def _operator(schema: str) -> Callable[..., None]:
     LIBRARY.define(schema)
 
     def launch(*args) -> None:
-        getattr(import_module("helpers.expert_kernels"), name)(*args)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current GPU, wherever the tensors are
+            getattr(import_module("helpers.expert_kernels"), name)(*args)
 
     for device in ("CUDA", "CPU"):
         LIBRARY.impl(name, launch, device)

@@ -579,3 +579,14 @@ def test_the_output_has_the_inputs_dtype():
         getattr(packed, name).quant_state.dtype = torch.bfloat16
     x = torch.randn(5, H)
     assert packed(x, INDICES["top-2"], torch.rand(5, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_gpu_uses_for_a_mask_is_a_product_with_it(dtype):
+    """torch's operator for the gradient of dropout, without a scale; on the CPU, where both can be had."""
+    g = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(37, 50, generator=g).to(dtype), torch.rand(37, 50, generator=g) > 0.3
+    assert torch.equal(torch.ops.aten.native_dropout_backward(x, mask, 1.0), x * mask)
+    assert torch.equal(expert_pass._kept(x, mask), x * mask) and expert_pass._kept(x, None) is x
+    away = expert_pass._kept(x.to("meta"), mask.to("meta"))
+    assert away.is_meta and away.dtype == dtype and away.shape == x.shape

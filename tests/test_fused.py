@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import experts_gpu
 from helpers import budget, expert_pass, experts, fused, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
@@ -342,6 +343,25 @@ def test_the_rehearsal_counts_them():
 def test_the_budget_command_can_count_them(capsys):
     assert main(["budget", "--profile", "tiny", "--fused-kernels"]) != 0
     assert "--fused-kernels goes with --rehearse" in capsys.readouterr().err
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_benchmark_takes_turns(on_this_machine, tmp_path, monkeypatch):
+    """Its case on tiny shapes: three ways at each size, the largest first, and afterwards nothing is left switched on."""
+    used, gate = [], fused.gate
+    monkeypatch.setattr(fused, "gate", lambda *args: (used.append(1), gate(*args)))
+    out = tmp_path / "found.json"
+    settings = ["--smoke", "--repeats=1", "--layers=1", "--experts=2", "--tokens", "8", "16", "--out", str(out)]
+    settings += ["--cases", "ceiling", "kernels", "routers"]
+    found = experts_gpu.main(settings)["cases"]
+    assert not any("error" in case for case in found.values()), found
+    ways = ["torch", "fused", "fused, rest compiled"]
+    assert [(s["kernels"], s["tokens"]) for s in found["kernels"]["steps"]] == [(way, n) for n in (16, 8) for way in ways]
+    assert all(s["share_of_ceiling"] > 0 and s["seconds"] > 0 for s in found["kernels"]["steps"])
+    before = len(used)
+    experts_gpu.main(["--smoke", "--repeats=1", "--cases", "routers", "--out", str(out)])
+    assert before > 0 and len(used) == before
 
 
 # --------------------------------------------------------------------------------------------------------- compilers

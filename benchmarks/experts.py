@@ -303,6 +303,7 @@ def main() -> None:
         work(o)
         return
     from helpers.environment import hardware, versions
+    from helpers.files import write_json
 
     results = measure(o)
     for name, entry in results.items():
@@ -313,8 +314,7 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         facts = {"settings": {k: getattr(o, k) for k in (*SETTINGS, "threads")}, "results": results}
         facts |= {"hardware": hardware(), "versions": versions(), "commit": commit}
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(o.out, facts)
 
 
 if __name__ == "__main__":

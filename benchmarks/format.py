@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     from helpers import data_card, environment
+    from helpers.files import write_json
 
     tokenizer = data_card.load_tokenizer(options.tokenizer)
     if options.once:
@@ -137,7 +138,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ library's batches are padded at the left, and end at the end token alone: stop s
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ def main(run: str) -> None:
     torch.set_num_threads(1)
     from helpers.evaluation import CONDITIONS, held_out
     from helpers.experiment import load_run
+    from helpers.files import write_json
     from helpers.generation import Prompt, Sampling, _reply, generate_replies
 
     profile, model, tokenizer = load_run(run)
@@ -106,7 +106,7 @@ def main(run: str) -> None:
         "seed": 0,
         "commit": commit,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(RESULTS, result)
     for name, row in rows.items():
         print(f"{name:<38}{row['tokens per second']:8.0f} tokens/s {row['times the library one by one']:6.1f}x")
 

@@ -125,12 +125,12 @@ def profiles(results: dict, old: str) -> str:
 
 
 @functools.cache
-def rehearsed(fused_kernels: bool = False):
+def rehearsed():
     """The card's step; seconds, so it is made once."""
     from helpers.profiles import PROFILES
     from helpers.rehearsal import rehearse
 
-    return rehearse(PROFILES["a100-80"], fused_kernels=fused_kernels)
+    return rehearse(PROFILES["a100-80"])
 
 
 def hours(gpu: str) -> float:
@@ -223,7 +223,6 @@ def gpu(results: dict, old: str) -> str:
         ),
     ]
     card, least = steps[-1], rehearsed().least_seconds("H200")
-    spared = 1 - rehearsed(fused_kernels=True).least_seconds("H200") / least
     waits = sum(cases["profile"]["waits_a_step"].values())
     apart = (steps[0]["quartiles"][1] - steps[0]["quartiles"][0]) / steps[0]["seconds"]
     using = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "peft", "bitsandbytes"))
@@ -237,9 +236,9 @@ def gpu(results: dict, old: str) -> str:
             f"shortest had not settled: its quartiles lie {apart:.0%} apart). *Share*: the step's FLOPs, recomputation included, "
             f"beside {cases['ceiling']['tflops']:.0f} TFLOP/s of a large bf16 product in the same process. *Budgeted*: by "
             f"`helpers.budget`, before. The largest step takes {card['seconds'] / least:.1f} times what its kernels must take "
-            f"by the data sheet (`helpers.rehearsal`); with `--fused-kernels`, not timed yet, that is {spared:.0%} less. In a "
-            f"step of {cases['profile']['tokens']:,} tokens Python waits {waits} times for the GPU. Made by "
-            f"`benchmarks/experts_gpu.py` with {using}.",
+            f"by the data sheet (`helpers.rehearsal`). In a step of "
+            f"{cases['profile']['tokens']:,} tokens Python waits {waits} times for the GPU. Made by `benchmarks/experts_gpu.py` "
+            f"with {using}.",
         ]
     )
 
@@ -296,10 +295,12 @@ BLOCKS = {"figure": figure, "notebooks": notebooks, "profiles": profiles, "large
 
 def with_results(readme: str, results: dict) -> str:
     """The README with what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` renewed, for each of `BLOCKS`."""
-    for name, render in BLOCKS.items():
-        begin, end = (f"<!-- {name}: {place} -->\n" for place in ("begin", "end"))
+    marks = {name: [f"<!-- {name}: {place} -->\n" for place in ("begin", "end")] for name in BLOCKS}
+    for begin, end in marks.values():
         if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(end) < readme.index(begin):
             raise ValueError(f"README.md: the lines {begin.strip()} and {end.strip()} must stand there once each, in this order")
+    for name, render in BLOCKS.items():
+        begin, end = marks[name]
         head, rest = readme.split(begin)
         old, tail = rest.split(end)
         readme = f"{head}{begin}{render(results, old)}\n{end}{tail}"
@@ -341,7 +342,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="only render the README")
     if not parser.parse_args().readme:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
+        from helpers.files import write_json
+
+        write_json(RESULTS, record())
         write_notebooks(json.loads(RESULTS.read_text(encoding="utf-8")))
     write_readme(json.loads(RESULTS.read_text(encoding="utf-8")))

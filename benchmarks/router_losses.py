@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.experts import LiveBytes
 from helpers.environment import hardware, versions
+from helpers.files import write_json
 from helpers.router_losses import attach_router_losses, load_balancing_loss, router_z_loss
 
 VARIANTS = ("without", "attached", "recorded")
@@ -202,8 +202,7 @@ def main() -> None:
         facts = {"settings": {k: v for k, v in vars(o).items() if k != "out"}, "threads": torch.get_num_threads()}
         facts |= {"sizes": SIZES, "times": times, "bytes_alive_after_forward": memory}
         facts |= {"hardware": hardware(), "versions": versions(), "commit": commit}
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(o.out, facts)
 
 
 if __name__ == "__main__":

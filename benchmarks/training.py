@@ -317,6 +317,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {size: measure(size, options.rounds, options.old) for size in options.sizes}
     from helpers.environment import hardware, versions
+    from helpers.files import write_json
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     facts = {"hardware": hardware(), "threads": 1, "rounds": options.rounds, "versions": versions(), "seed": 42, "commit": commit}
@@ -328,7 +329,7 @@ def main() -> None:
                 f"ours is {row['speed_of_ours']:.2f} times as fast at {row['memory_of_ours']:.2f} of the memory",
             )
     if options.out:
-        options.out.write_text(json.dumps({"sizes": results, **facts}, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, {"sizes": results, **facts})
 
 
 if __name__ == "__main__":

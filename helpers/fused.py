@@ -88,6 +88,12 @@ def problem() -> str | None:
     return None if right else "Triton's kernels give wrong numbers"
 
 
+def check() -> None:
+    """ValueError if the GPU at hand cannot run them."""
+    if why := problem():
+        raise ValueError(f"the fused kernels cannot be used here: {why}; train without them")
+
+
 def suits(experts: nn.Module) -> bool:
     """Whether the gate of an expert stack is the one that the kernels compute."""
     own = type(experts)._apply_gate.__module__.startswith("transformers.integrations.")  # none of the model's
@@ -104,8 +110,8 @@ def fuse(model: nn.Module, compiled: bool = True) -> int:
     """
     stacks = [m for m in model.modules() if hasattr(type(m), "_apply_gate") and suits(m)]
     device = next(model.parameters()).device.type
-    if device == "cuda" and (why := problem()):
-        raise ValueError(f"the fused kernels cannot be used here: {why}; train without them")
+    if device == "cuda":
+        check()
     if device not in DEVICES:
         raise ValueError(f"the fused kernels run on a CUDA GPU, and this model is on {device}: train without them")
     if not stacks:

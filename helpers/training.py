@@ -143,6 +143,8 @@ def train(
     for engine, refusal in ENGINES.items():  # first: what follows would start the engine
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
             raise ValueError(refusal)
+    if fused_kernels:
+        fused.check()
     output_dir = _writable(Path(output_dir))
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process
     with alone(output_dir) if main else contextlib.nullcontext():

@@ -319,7 +319,8 @@ def test_a_run_that_asks_for_them_without_a_gpu_is_refused_in_one_sentence(tmp_p
         pytest.skip("there is a GPU")
     command = ["train", "--profile", "tiny", "--fused-kernels", "--max-steps", "1", "--output", str(tmp_path / "run")]
     assert main(command) != 0
-    assert "fused kernels run on a CUDA GPU, and this model is on cpu" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: the fused kernels cannot be used here: there is no CUDA GPU; train without them\n"
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- by counting

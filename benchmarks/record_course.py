@@ -163,7 +163,7 @@ def large(results: dict, old: str) -> str:
         f"This downloads {download} GiB, and a run leaves up to {run:.0f} GiB on the disk. Beside its 4-bit size, loading takes "
         f"the memory of two of the model's largest tensors ({2 * largest:.1f} GiB; tested on smaller models), because the "
         f"weights are packed while they stream in. The card's {CARD_TOKENS / 1e6:.1f} million tokens (an estimate) would take "
-        f"{took:.1f} hours on an H200, at the speed of the steps measured there ([below](#on-a-gpu)). For an A100-80, which was "
+        f"{took:.1f} hours on an H200, at the speed of the steps measured there ([below](#gpu)). For an A100-80, which was "
         f"not at hand, that makes {took * fast / slow:.1f} hours if it is slower by as much as its data sheet says. The bounds "
         f"that the work of every kernel sets are {hours('H200'):.1f} and {hours('A100-80'):.1f} hours."
     )

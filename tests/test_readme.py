@@ -121,6 +121,8 @@ def test_relative_links_lead_somewhere():
             file, _, place = target.partition("#")
             assert (folder / file).exists(), f"{page}: {target}"
             assert not place or f'id="{place}"' in (folder / file).read_text(encoding="utf-8"), f"{page}: {target}"
+        for place in re.findall(r"\]\(#([^)]+)\)", text):  # an id of ours: GitHub and the site derive others from a heading
+            assert f'id="{place}"' in text, f"{page}: #{place}"
 
 
 def test_the_share_that_stock_loading_leaves_is_computed():

@@ -242,7 +242,7 @@ def measured(work: Callable[[], object], device: torch.device, repeats: int, clo
 
 KERNELS = {
     "attention": ("sdpa", "flash", "fmha"),
-    "unpacking": ("dequantize",),
+    "unpacking": ("dequantize", "_unpack"),
     "products": ("nvjet", "gemm", "gemv", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm"),
     "fused": ("_gate", "_take", "_by_token", "_thin_product"),
 }

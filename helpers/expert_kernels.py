@@ -21,6 +21,7 @@ from torch import Tensor
 from helpers.fused import COLUMNS
 
 ROWS, STEPS, WARPS = 16, 16, 4  # of a program's tile; how many of them it does, one below the other; its warps
+BLOCKS = 32  # of 64 weights, that a program unpacks
 VARYING = ("n", "first", "seed", "threshold")  # no kernel of its own for each value
 DROP_BITS = 24
 
@@ -46,6 +47,22 @@ def _thin_tile(thin, row, n, r: tl.constexpr, R: tl.constexpr):
     rank = tl.arange(0, R)
     inside = (row < n)[:, None] & (rank < r)[None, :]
     return tl.load(thin + row[:, None] * r + rank[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _unpack(codes, scales, table, out, n, N: tl.constexpr):
+    """n blocks of 64 weights that share a scale: 32 bytes, of which each holds two, the upper half the first."""
+    block = tl.program_id(0) * N + tl.arange(0, N)
+    byte = tl.arange(0, 32)
+    at = block.to(tl.int64)[:, None] * 32 + byte[None, :]
+    inside = (block < n)[:, None] & (byte >= 0)[None, :]
+    two = tl.load(codes + at, mask=inside, other=0)
+    scale = tl.load(scales + block, mask=block < n, other=0.0)[:, None]
+    both = tl.interleave(tl.load(table + (two >> 4)) * scale, tl.load(table + (two & 15)) * scale)
+    weight = tl.arange(0, 64)
+    at = block.to(tl.int64)[:, None] * 64 + weight[None, :]
+    inside = (block < n)[:, None] & (weight >= 0)[None, :]
+    tl.store(out + at, both.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -203,6 +220,11 @@ def _whole(*tensors: Tensor | None) -> None:
     """The kernels go through memory row after row: anything else would be read wrongly."""
     if loose := [tuple(t.shape) for t in tensors if t is not None and not t.is_contiguous()]:
         raise ValueError(f"tensors of the shapes {loose} are not contiguous")
+
+
+def unpack(codes: Tensor, scales: Tensor, table: Tensor, out: Tensor) -> None:
+    _whole(codes, scales, table, out)
+    _unpack[(triton.cdiv(len(scales), BLOCKS),)](codes, scales, table, out, len(scales), BLOCKS, num_warps=WARPS)
 
 
 def take(x: Tensor, token: Tensor, rows: Tensor | None, kept: Tensor | None, seed: int, dropout: float) -> None:

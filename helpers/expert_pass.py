@@ -76,7 +76,7 @@ class Pass:
         self.kernels = fused.usable(module, order, dtype)
         # decoding one token: what belongs to the other experts should not be touched at all
         self.few = 2 * sum(len(group.spans) for group in groups) <= module.num_experts
-        self.up, self.down = (Unpacker(getattr(module, name), dtype, self.few) for name in STACKS)
+        self.up, self.down = (Unpacker(getattr(module, name), dtype, self.few, self.kernels) for name in STACKS)
 
     def fuses(self, group: Group) -> bool:
         """Whether a group goes through the kernels of `helpers.fused`. Few rows (decoding) are no work for them."""

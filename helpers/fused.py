@@ -41,6 +41,9 @@ def _operator(schema: str) -> Callable[..., None]:
     return getattr(torch.ops.moe_course, name).default
 
 
+# codes (bytes,) uint8 of NF4, scales (bytes / 32,) fp32, table (16,) fp32 → out, 2 · bytes weights: what bitsandbytes unpacks.
+unpack = _operator("unpack(Tensor codes, Tensor scales, Tensor table, Tensor(a!) out) -> ()")
+
 # x (T, H), token (n,) → rows = x[token] (n, H), and kept: what dropout leaves of them. One of the two may be None.
 take = _operator("take(Tensor x, Tensor token, Tensor(a!)? rows, Tensor(b!)? kept, int seed, float dropout) -> ()")
 

@@ -16,6 +16,8 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
+from helpers import fused
+
 BLOCK = 64  # weights that share one scale; never straddles experts because in_features is a multiple of it
 SLICE = {"cpu": 2**20, "cuda": 2**28}  # weights quantised at a time; multiples of BLOCK
 PIECE = {"cpu": 2**20}  # weights unpacked at a time: 4 MiB stay in the processor's cache; a GPU takes a whole expert
@@ -45,11 +47,12 @@ class Unpacker:
     """Gives expert e's weight matrix (out, in) in the compute dtype; a plain tensor for an unquantised stack.
 
     `few` says that only some experts will be asked for (decoding one token): then nothing of the others is touched, not even
-    their scales. Otherwise the scales of all are undone in one go, which is fewer kernels.
+    their scales. Otherwise the scales of all are undone in one go, which is fewer kernels. `kernels`: unpack by that of
+    `helpers.fused`, to the same bits.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, few: bool = False):
-        self.weight, self.dtype = weight.detach(), dtype
+    def __init__(self, weight: Tensor, dtype: torch.dtype, few: bool = False, kernels: bool = False):
+        self.weight, self.dtype, self.kernels = weight.detach(), dtype, kernels
         self.packed = isinstance(weight, Params4bit)
         experts, self.rows, self.columns = stack_shape(weight)
         if self.packed:
@@ -110,6 +113,10 @@ class Unpacker:
     def _rows(self, e: int, scales: Tensor, first: int, last: int) -> Tensor:
         """Rows `first` to `last` counted from expert e's first, whose scales begin with `scales`; they may go beyond its last."""
         codes, state = self._packed(e, scales, first, last)
+        if self.kernels:
+            out = codes.new_empty((last - first, self.columns), dtype=self.dtype)
+            fused.unpack(codes.view(-1), state.absmax, state.code, out)
+            return out
         return bnbf.dequantize_4bit(codes, quant_state=state).to(self.dtype)
 
     def _packed(self, e: int, scales: Tensor, first: int, last: int) -> tuple[Tensor, bnbf.QuantState]:

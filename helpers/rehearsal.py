@@ -170,7 +170,7 @@ class _Kernels(TorchDispatchMode):
     def kind(self, name: str, args) -> str:
         if "flash_attention" in name:
             return "attention"
-        if name.startswith("dequantize"):
+        if name.startswith("dequantize") or name == "unpack":
             return "unpacking"
         if name == "thin_product":
             return "thin products"

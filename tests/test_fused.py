@@ -20,7 +20,7 @@ from benchmarks import experts_gpu
 from helpers import budget, expert_pass, experts, fused, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
-from helpers.nf4 import dequantize_stack
+from helpers.nf4 import Unpacker, dequantize_stack, quantize_stack
 from helpers.profiles import PROFILES
 from helpers.quantization import random_4bit
 from helpers.rehearsal import rehearse
@@ -60,6 +60,38 @@ def mask(rows: int, width: int, seed: int, dropout: float, first: int = 0) -> to
 
 
 # ------------------------------------------------------------------------------------------------ each kernel alone
+
+
+@needs_triton
+@each_dtype
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_are_unpacked_to_the_bits_of_bitsandbytes(double, dtype, tolerance):
+    """Every expert, a piece of one, and several in one go; more blocks than a program takes, and not a multiple of that."""
+    stack = quantize_stack(draw(3, 192, 320, dtype=dtype), double_quant=double)
+    theirs, ours = (Unpacker(stack, dtype, kernels=on) for on in (False, True))
+    for e in range(3):
+        assert torch.equal(ours(e), theirs(e)) and ours(e).dtype == dtype
+    part = [list(unpack.over([(1, slice(0, 5)), (2, slice(5, 9))])) for unpack in (ours, theirs)]
+    for (_, _, [(_, mine)]), (_, _, [(_, other)]) in zip(*part, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(ours._rows(2, ours._scales(2), 7, 29), theirs(2)[7:29])
+
+
+@needs_triton
+def test_the_hash_is_pcg():
+    """Against the same numbers in Python's integers: PCG's RXS-M-XS for 32 bits, of a linear congruential step."""
+
+    def pcg(x):
+        state = (x * 747796405 + 2891336453) % 2**32
+        word = ((state >> ((state >> 28) + 4)) ^ state) * 277803737 % 2**32
+        return (word >> 22) ^ word
+
+    def kept(row, column, seed, p):
+        return pcg((pcg((pcg(row) + seed) % 2**32) + pcg(column)) % 2**32) >> 8 >= round(p * 2**24)
+
+    for seed in (0, 2**31 - 1):
+        found = mask(40, 70, seed, 0.5, first=100)
+        assert found.tolist() == [[kept(100 + row, column, seed, 0.5) for column in range(70)] for row in range(40)]
 
 
 @needs_triton
@@ -419,13 +451,14 @@ from triton.compiler import ASTSource
 from helpers import expert_kernels as kernels
 
 capability, out = int(sys.argv[1]), sys.argv[2]
-KINDS = {"token": "*i64", "place": "*i64", "partial": "*fp32", **dict.fromkeys(kernels.VARYING, "i32")}
+KINDS = {"codes": "*u8", "scales": "*fp32", "table": "*fp32", "token": "*i64", "place": "*i64", "partial": "*fp32"}
+KINDS |= dict.fromkeys(kernels.VARYING, "i32")
 RANK = dict.fromkeys(("r", "R", "r1", "R1", "r2", "R2"), 32)
 FIXED = {"WIDTH": 14336, "PLAIN": True, "DROP": True, "LORA": True, "LORA1": True, "LORA2": True, "K": 2, **RANK}
 FIXED |= {"N": kernels.ROWS, "W": kernels.COLUMNS, "STEPS": kernels.STEPS}
-for name in ("_take", "_gate", "_gate_back", "_thin_product", "_by_token"):
+for name in ("_unpack", "_take", "_gate", "_gate_back", "_thin_product", "_by_token"):
     kernel = getattr(kernels, name)
-    constant = {n: FIXED[n] for n in kernel.arg_names if n in FIXED}
+    constant = {n: FIXED[n] for n in kernel.arg_names if n in FIXED} | ({"N": kernels.BLOCKS} if name == "_unpack" else {})
     signature = {n: "constexpr" if n in constant else KINDS.get(n, "*bf16") for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constant.items()}, aligned)
@@ -449,11 +482,11 @@ def test_the_compiler_makes_code_for_an_a100_and_an_h100(capability, tmp_path):
     assert done.returncode == 0, done.stderr
     reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     kernels = sorted(tmp_path.glob("*.cubin"))
-    assert len(kernels) == 5
+    assert len(kernels) == 6
     for code in kernels:
         report = subprocess.run([str(reader), "-res-usage", str(code)], capture_output=True, text=True, check=True).stdout
         assert re.search(r"\bSTACK:0\b", report) and re.search(r"\bLOCAL:0\b", report), f"{code.name} spills: {report}"
         assert int(re.search(r"\bREG:(\d+)", report)[1]) <= 168, "three programs of four warps fit at once"
         text = code.with_suffix(".ptx").read_text()
-        assert re.search(r"ld\.global.*v4", text) and re.search(r"st\.global.*v4", text)
+        assert re.search(r"st\.global.*v4", text) and re.search(r"ld\.global.*(v4|v2)", text)
         assert ("mma" in text) == (code.stem in ("_gate", "_gate_back", "_thin_product"))

@@ -151,21 +151,21 @@ def large(results: dict, old: str) -> str:
     """What Mixtral's profile takes: computed where nobody has measured it."""
     from helpers import budget, environment
     from helpers.profiles import PROFILES
-    from helpers.rehearsal import CARD_TOKENS, SPEEDS
+    from helpers.rehearsal import CARD_TOKENS
 
     card = PROFILES["a100-80"]
     download, run = environment.DOWNLOAD_GIB[card.base], environment.run_gib(card)
     z = budget.of_profile(card).sizes
     largest = z["experts"] * 2 * z["inner"] * z["hidden"] * 2 / budget.GIB  # a layer's gate and up, in 16 bit
     took = on_a_gpu()["cases"]["steps"]["steps"][-1]["hours_of_the_card"]
-    (fast, _), (slow, _) = SPEEDS["H200"], SPEEDS["A100-80"]
+    above = took / hours("H200")
     return (
         f"This downloads {download} GiB, and a run leaves up to {run:.0f} GiB on the disk. Beside its 4-bit size, loading takes "
         f"the memory of two of the model's largest tensors ({2 * largest:.1f} GiB; tested on smaller models), because the "
         f"weights are packed while they stream in. The card's {CARD_TOKENS / 1e6:.1f} million tokens (an estimate) would take "
-        f"{took:.1f} hours on an H200, at the speed of the steps measured there ([below](#gpu)). For an A100-80, which was "
-        f"not at hand, that makes {took * fast / slow:.1f} hours if it is slower by as much as its data sheet says. The bounds "
-        f"that the work of every kernel sets are {hours('H200'):.1f} and {hours('A100-80'):.1f} hours."
+        f"{took:.1f} hours on an H200, at the speed measured there ([below](#gpu)): {above:.2f} times the bound that the work of "
+        f"every kernel sets. An A100-80 was not at hand; as far above its bound, it would take "
+        f"{above * hours('A100-80'):.1f} hours."
     )
 
 
@@ -213,7 +213,7 @@ def gpu(results: dict, old: str) -> str:
     cases, versions = found["cases"], found["versions"]
     steps = cases["steps"]["steps"]
     lines = [
-        f"| a step on one {found['hardware']['name']} | seconds | tokens/s | share of its matrix speed | peak memory "
+        f"| a pass on one {found['hardware']['name']} | seconds | tokens/s | share of its matrix speed | peak memory "
         "| budgeted |",
         "|---|---|---|---|---|---|",
         *(
@@ -223,22 +223,25 @@ def gpu(results: dict, old: str) -> str:
         ),
     ]
     card, least = steps[-1], rehearsed().least_seconds("H200")
-    waits = sum(cases["profile"]["waits_a_step"].values())
-    apart = (steps[0]["quartiles"][1] - steps[0]["quartiles"][0]) / steps[0]["seconds"]
+    waits = cases["profile"]["waits_a_step"]
+    a_layer = max(waits.values()) / found["settings"]["layers"]
+    low, high = steps[0]["quartiles"]
     using = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "peft", "bitsandbytes"))
     return "\n".join(
         [
             *lines,
             "",
             f"Mixtral-8x7B's real shapes, all {found['settings']['layers']} layers, random weights that were never anything but "
-            f"NF4; LoRA of rank {found['settings']['rank']} with dropout on attention, experts and router, gradient "
-            f"checkpointing; from the forward pass to Adam, median of {card['repeats']} steps after one that warms up (the "
-            f"shortest had not settled: its quartiles lie {apart:.0%} apart). *Share*: the step's FLOPs, recomputation included, "
-            f"beside {cases['ceiling']['tflops']:.0f} TFLOP/s of a large bf16 product in the same process. *Budgeted*: by "
-            f"`helpers.budget`, before. The largest step takes {card['seconds'] / least:.1f} times what its kernels must take "
-            f"by the data sheet (`helpers.rehearsal`). In a step of "
-            f"{cases['profile']['tokens']:,} tokens Python waits {waits} times for the GPU. Made by `benchmarks/experts_gpu.py` "
-            f"with {using}.",
+            f"NF4; LoRA of rank {found['settings']['rank']} with dropout on attention, experts and router; gradient "
+            "checkpointing; no router losses; each row is one document, every token is trained. Forward, backward and Adam, "
+            f"median of {card['repeats']} (of the shortest, the quartiles are {low:.2f} and {high:.2f} s). *Share*: the FLOPs, "
+            f"recomputation included, divided by the time and by the {cases['ceiling']['tflops']:.0f} TFLOP/s of a large bf16 "
+            "product in the same process. *Peak*: of tensors; torch's allocator reserved up to "
+            f"{max(s['reserved_gib'] for s in steps):.1f} GiB. *Budgeted*: by `helpers.budget`, before. The largest takes "
+            f"{card['seconds'] / least:.2f} times what its kernels must take by the data sheet (`helpers.rehearsal`). For "
+            f"{cases['profile']['tokens']:,} tokens Python waits {sum(waits.values())} times for the GPU, {a_layer:.0f} times a "
+            "layer to learn how many rows each expert has. Made by `benchmarks/experts_gpu.py` at commit "
+            f"{found['commit'][:7]} with {using}.",
         ]
     )
 

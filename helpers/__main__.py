@@ -400,7 +400,7 @@ def command_line() -> argparse.ArgumentParser:
     either.add_argument("--checkpointing", action="store_const", const=True, help="with gradient checkpointing, always")
     either.add_argument("--no-checkpointing", dest="checkpointing", action="store_const", const=False, help="without it")
     budget.add_argument("--rehearse", action="store_true", help="count instead: run the step on tensors without storage")
-    budget.add_argument("--fused-kernels", action="store_true", help="rehearse with the kernels of that option of `train`")
+    budget.add_argument("--fused-kernels", action="store_true", help="with --rehearse: the kernels of train's --fused-kernels")
     budget.set_defaults(run_command=_budget)
 
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
@@ -430,7 +430,9 @@ def command_line() -> argparse.ArgumentParser:
     )
     train.add_argument("--attention", choices=ATTENTIONS, help="how packed rows are computed; default: the best here")
     train.add_argument(
-        "--fused-kernels", action="store_true", help="Triton kernels for what experts do between products: not timed on a GPU yet"
+        "--fused-kernels",
+        action="store_true",
+        help="Triton kernels for what experts do between products; for GPUs from Ampere on, and not yet run on one",
     )
     train.add_argument("--anyway", action="store_true", help="although the GPU or the disk is too small for the profile")
     train.add_argument("--no-resume", action="store_true", help="refuse a folder that already holds a run")

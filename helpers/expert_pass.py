@@ -65,7 +65,7 @@ class Pass:
     """One pass over the experts of a layer. Its rows are the T·k assignments of tokens to experts, sorted by expert.
 
     Gathering, gate and dropout are done for a group of experts at once: 64 small experts, one after the other, would keep a
-    GPU waiting for Python. Matrix products are done expert by expert.
+    GPU waiting for Python. Matrix products are done expert by expert, and so are fused gates, which hold an adapter's product.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ def row_blocks(h: Tensor) -> list[slice]:
 def down_back(job: Pass, group: Group, g: Tensor, h: PreGate, w: Tensor, b1, a2, b2, ga2, gb2) -> tuple[Tensor, Tensor]:
     """From the output's gradient g (n, H) to those of the pre-activations (n, 2I), without w, and of w (n,).
 
-    Those of the factors are added to ga2 and gb2.
+    Those of the factors are written to ga2 and gb2.
     """
     thin = None if a2 is None else _into_rank(group, g, b2.mT, job.rules[1])
     back = _gate_back_fused if job.fuses(group) else _gate_back
@@ -319,7 +319,7 @@ def _gate_back(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The part of `down_back` as wide as the experts: gradients (n, 2I) and (n,), and what A2 makes of its input (n, r).
 
-    `thin` (n, r): g through B2; it is multiplied by w here. A2's gradient is added to ga2.
+    `thin` (n, r): g through B2; it is multiplied by w here. A2's gradient is added to ga2, which holds zeros.
     """
     mask, into_b = job.mask(group, 1), None
     g_a = product_back(group, g, job.down, thin, a2, mask)
@@ -351,7 +351,10 @@ def _gate_back(
 def _gate_back_fused(
     job: Pass, group: Group, g: Tensor, h: PreGate, w: Tensor, thin, b1, a2, ga2
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by one kernel an expert, which also adds what came through A2, and drops again what dropout dropped."""
+    """The same by one kernel an expert, which also adds what came through A2, and drops again what dropout dropped.
+
+    A2's gradient is written to ga2.
+    """
     g_a = product_back(group, g, job.down, None, None, None)
     gh, partial = torch.empty_like(h.wide), fused.partials(g_a)
     kept = None if a2 is None else torch.empty_like(g_a)

@@ -3,8 +3,8 @@
 As operators of a library ("moe_course") they have a place in torch's dispatcher: what counts kernels or runs a step without
 numbers, on the meta device, sees them like torch's own. Each writes into tensors that it is given.
 
-They are an option (`fuse`, `--fused-kernels`), and not the default: Triton's interpreter has run them, and its compiler has
-translated them for the GPUs of A100 and H100, but they have not been run or timed on a GPU yet. Without them torch's own kernels
+They are an option (`fuse`, `--fused-kernels`), and not the default: Triton's interpreter has run them in fp32 and fp16, and its
+compiler has made bf16 code for A100 and H100, but no GPU has run them yet. Without them torch's own kernels
 compute the same in more passes over memory; so it is on CPUs, on GPUs before Ampere, and for gates other than SiLU's.
 """
 
@@ -106,8 +106,8 @@ def suits(experts: nn.Module) -> bool:
 def fuse(model: nn.Module, compiled: bool = True) -> int:
     """Switch the kernels on in every expert stack of a model that suits; how many that are.
 
-    `compiled`: norms and attention, whose small kernels take as long again, are handed to torch.compile. They are compiled when
-    they are first run, which takes a minute.
+    `compiled`: norms and attention, which are small kernels, too, are handed to torch.compile. They are compiled when they are
+    first run.
 
     ValueError if the model's GPU cannot run them, or none of its experts suits.
     """

@@ -129,7 +129,7 @@ def train(
     the same, so without dropout the trajectory does too, but for rounding and the balancing loss, which is a product of two
     means of each micro-batch (one process only: of several, each would wait).
     `attention`: transformers' name of one, instead of what `choose_attention` finds. `fused_kernels`: those of `helpers.fused`,
-    which are an option because no GPU has timed them. `log_every`: steps from one row of the log
+    which no GPU has run yet. `log_every`: steps from one row of the log
     to the next (None: 10, or 1 in a run of up to 200 steps). `skip_too_long`: leave out stories of which nothing fits the
     context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and where it is.
 
@@ -232,6 +232,8 @@ class _Run:
         before = resume.check_settings(run_dir, wanted)
         if finished:
             return load_result(run_dir)
+        if state.is_main_process and before and before.get("fused_kernels", False) != fused_kernels:
+            print("going on with other kernels than before: rounding and dropout's draws are others", flush=True)
         source = OF_PROFILE if stories is None else "given"
         micro_batch = before.get("micro_batch", profile.micro_batch)
         how = attention, fused_kernels
@@ -249,7 +251,7 @@ class _Run:
         state.wait_for_everyone()  # all have read it before one writes
         if state.is_main_process:
             facts = {"micro_batch": self.micro_batch, "save_steps": self.profile.save_steps, "stories": self.source}
-            facts |= {"corpus": str(self.corpus), "versions": versions()}
+            facts |= {"corpus": str(self.corpus), "versions": versions(), "fused_kernels": self.fused_kernels}
             write_json(self.run_dir / "run.json", {**self.wanted, **facts})
 
     def out_of_memory(self, problem: str, shrink: bool) -> None:

@@ -74,6 +74,7 @@ def test_the_peak_at_mixtrals_shapes_is_within_a_tenth_of_what_a_gpu_took(step):
     expected = budget.estimate(model, took["rows"], took["row"], True, found["settings"]["dropout"])
     assert 1 <= expected.peak / budget.GIB / took["peak_gib"] < 1.1
     assert expected.peak / budget.GIB == pytest.approx(took["budget_gib"], rel=0.01)
+    assert expected.peak / budget.GIB + budget.RESERVE > took["reserved_gib"], "what torch holds, its cache included"
 
 
 @pytest.mark.parametrize("left_out", [None, "experts", "router", "attention"])
@@ -174,7 +175,7 @@ def test_live_bytes_counts_what_is_new_and_alive():
 
 def test_what_fits_leaves_room_for_cuda():
     found = budget.Budget("x", 1, 1, {**dict.fromkeys(budget.PARTS, 0), "weights": 10 * budget.GIB})
-    assert found.fits(11.0) and not found.fits(10.9) and found.fits(10.0, reserve=0.0)
+    assert found.fits(12.0) and not found.fits(11.9) and found.fits(10.0, reserve=0.0)
 
 
 def test_the_budget_of_a_profile_is_that_of_its_adapters():

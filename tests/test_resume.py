@@ -310,6 +310,15 @@ def test_another_number_of_processes_is_refused_unless_the_run_is_finished(base,
     assert train(base, part).facts["processes"] == 1
 
 
+def test_other_kernels_than_before_are_named(base, part, capsys):
+    """A run begun with the fused kernels, continued without them: nothing is wrong, but it is no longer the same run."""
+    facts = json.loads((part / "run.json").read_text())
+    assert facts["fused_kernels"] is False
+    (part / "run.json").write_text(json.dumps({**facts, "fused_kernels": True}))
+    assert train(base, part).finished
+    assert "going on with other kernels than before" in capsys.readouterr().out
+
+
 def test_a_run_of_another_version_is_named_and_save_steps_are_kept(base, whole, tmp_path):
     assert training.profile_of(whole.run_dir).save_steps == small_profile(base).save_steps == 4
     facts = json.loads((whole.run_dir / "run.json").read_text())

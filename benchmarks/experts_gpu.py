@@ -420,7 +420,7 @@ class Bench:
             yield found
 
     def kernels(self) -> Iterator[dict]:
-        step, described, found = self.step(), shapes(self.o), {"steps": []}
+        step, found = self.step(), {"steps": []}
         try:
             fused.fuse(step.model)
         except ValueError as error:
@@ -430,37 +430,46 @@ class Bench:
         ways = {"torch": (False, "force_eager"), "fused": (True, "force_eager"), "fused, rest compiled": (True, "default")}
         try:
             for number, tokens in enumerate(sorted(self.o.tokens, reverse=True)):
-                row, warm = min(self.o.row, tokens), 2 if number == 0 else 1  # rounds, of which the very first compiles
-                rows, seconds, peaks = tokens // row, {name: [] for name in ways}, {}
-                for repeat in range(self.o.repeats + warm):
-                    if min(map(len, seconds.values())) and self.clock.over:
-                        break
-                    for name, (on, stance) in ways.items():
-                        for module in stacks:
-                            module.fused_kernels = on
-                        torch.compiler.set_stance(stance)
-                        if self.device.type == "cuda":
-                            torch.cuda.reset_peak_memory_stats(self.device)
-                        (took,) = timed(lambda rows=rows, row=row: step(rows, row), self.device, 0)
-                        if repeat >= warm:
-                            seconds[name].append(took)
-                        if self.device.type == "cuda":
-                            peaks[name] = {"peak_gib": torch.cuda.max_memory_allocated(self.device) / budget.GIB}
-                work = sum(flops(described, rows * row, row, self.o.rank).values())
-                for name, times in seconds.items():
-                    median = statistics.median(times)
-                    entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
-                    entry |= {"tokens_per_second": rows * row / median, "repeats": len(times), **peaks.get(name, {})}
-                    entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
-                    entry |= {"share_of_ceiling": work / median / self.top} if self.top else {}
-                    found["steps"].append(entry)
-                    self.clock.say(f"kernels: {name}: {described_step(entry)}")
+                row = min(self.o.row, tokens)
+                try:  # rounds that warm up: two, of which the very first compiles, later one
+                    found["steps"] += self.in_turns(step, tokens // row, row, stacks, ways, 1 if number else 2)
+                except torch.OutOfMemoryError as error:  # a smaller one may fit
+                    found["steps"].append({"tokens": tokens, "error": str(error).partition(".")[0]})
+                    self.failed()
+                for entry in found["steps"][-len(ways) :]:
+                    self.clock.say(f"kernels: {entry.get('kernels', '')}: {described_step(entry)}")
                 yield found
                 if self.clock.over:
                     break
         finally:
             torch.compiler.set_stance("default")
             self.forget()  # its modules stay compiled
+
+    def in_turns(self, step: Step, rows: int, row: int, stacks: list, ways: dict, warm: int) -> list[dict]:
+        """What a step takes each way, one after the other in every round."""
+        seconds, peaks = {name: [] for name in ways}, {}
+        for repeat in range(self.o.repeats + warm):
+            if min(map(len, seconds.values())) and self.clock.over:
+                break
+            for name, (on, stance) in ways.items():
+                for module in stacks:
+                    module.fused_kernels = on
+                torch.compiler.set_stance(stance)
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                (took,) = timed(lambda: step(rows, row), self.device, 0)
+                if repeat >= warm:
+                    seconds[name].append(took)
+                if self.device.type == "cuda":
+                    peaks[name] = {"peak_gib": torch.cuda.max_memory_allocated(self.device) / budget.GIB}
+        work, found = sum(flops(shapes(self.o), rows * row, row, self.o.rank).values()), []
+        for name, times in seconds.items():
+            median = statistics.median(times)
+            entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
+            entry |= {"tokens_per_second": rows * row / median, "repeats": len(times), **peaks.get(name, {})}
+            entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
+            found.append(entry | ({"share_of_ceiling": work / median / self.top} if self.top else {}))
+        return found
 
     def decode(self) -> Iterator[dict]:
         model, kept = self.step().model.eval(), dict(nf4.FUSED)

@@ -276,6 +276,7 @@ def thin_product(thin: Tensor, a: Tensor, out: Tensor, first: int, seed: int, dr
 def by_token(rows: Tensor, place: Tensor, weight: Tensor, out: Tensor) -> None:
     _whole(rows, place, weight, out)
     n, width = out.shape
-    _by_token[_grid(n, width)](
-        rows, place, weight, out, n, width, len(place) // n, ROWS, COLUMNS, num_warps=WARPS
-    )  # fmt: skip
+    if n:
+        _by_token[_grid(n, width)](
+            rows, place, weight, out, n, width, weight.shape[1], ROWS, COLUMNS, num_warps=WARPS
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """One pass over the experts of a layer, forward and backward, group by group: what `experts` puts together.
 
 Every piece comes in torch's own kernels; those between two matrix products also in the kernels of `helpers.fused`, where they are
-switched on. Both round where the other does, but for what a fused kernel never writes down.
+switched on. Those round less: what they do not write down stays in fp32, and so do routing weights.
 
 n rows of a group: assignments of tokens to its experts. H hidden size, I intermediate size, T tokens, k experts per token, E
 experts, r LoRA rank.
@@ -69,11 +69,19 @@ class Pass:
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, order: Tensor, k: int, groups: list[Group], rules: list[Rule], seed: int
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        order: Tensor,
+        k: int,
+        groups: list[Group],
+        rules: list[Rule],
+        seed: int,
+        kernels: bool | None = None,  # those of `helpers.fused`; None: as they are switched. Backward goes as forward went
     ):
         self.module, self.order, self.k, self.groups, self.rules, self.seed = module, order, k, groups, rules, seed
         self.token = order // k
-        self.kernels = fused.usable(module, order, dtype)
+        self.kernels = fused.usable(module, order, dtype) if kernels is None else kernels
         # decoding one token: what belongs to the other experts should not be touched at all
         self.few = 2 * sum(len(group.spans) for group in groups) <= module.num_experts
         self.up, self.down = (Unpacker(getattr(module, name), dtype, self.few, self.kernels) for name in STACKS)
@@ -165,7 +173,7 @@ class Pass:
             out = rows.new_empty(len(weight), rows.shape[1])
             place = torch.empty_like(self.order)
             place[self.order] = torch.arange(len(rows), device=rows.device)
-            fused.by_token(rows, place, weight.reshape(-1), out)
+            fused.by_token(rows, place, weight.contiguous(), out)
             return out
         begins = torch.arange(0, len(rows), self.k, device=rows.device)
         weight = weight.reshape(-1).to(rows.dtype)
@@ -377,7 +385,7 @@ def _gate_back_fused(
 def up_back(job: Pass, group: Group, gh: Tensor, x: Tensor, into_b, w: Tensor, a1, b1, ga1, gb1, gx: Tensor) -> None:
     """From the gradient of the pre-activations (n, 2I) to those of the input (n, H), still without w, and of the factors.
 
-    They are written to gx, ga1 and gb1. `into_b` (n, r): what A1 made of its input, if that was kept; it is changed.
+    They are written to gx, ga1 and gb1. `into_b` (n, r): what A1 made of its input, if that was kept.
     """
     thin = None if a1 is None else _into_rank(group, gh, b1.mT, job.rules[0])
     if by_kernel := job.fuses(group) and a1 is not None:
@@ -391,7 +399,7 @@ def up_back(job: Pass, group: Group, gh: Tensor, x: Tensor, into_b, w: Tensor, a
         thin.mul_(w)
         x = job.take_kept(group, x) if by_kernel else _kept(job.take(group, x), mask)
         into_b = _into_rank(group, x, a1, job.rules[0]) if into_b is None else into_b
-        into_b.mul_(w)
+        into_b = into_b * w  # not in place: what was kept may be asked for again
         for e, rows in group.spans:
             _thin(_rows(gh, rows).T, _rows(into_b, rows), gb1[e])
             torch.mm(_rows(thin, rows).T, _rows(x, rows), out=ga1[e])

@@ -72,7 +72,7 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, job, kept, x, weight, a1, b1, a2, b2):
         kept.extend(job.gate_up(group, x, a1, b1) for group in job.groups)
-        ctx.rules = (job.k, job.groups, job.rules, job.seed)
+        ctx.rules = (job.k, job.groups, job.rules, job.seed, job.kernels)
         ctx.module = job.module
         ctx.save_for_backward(x, weight, job.order, a1, b1, a2, b2, *(t for pair in kept for t in pair))
         return x.new_zeros(1).expand_as(x)

@@ -5,7 +5,8 @@ numbers, on the meta device, sees them like torch's own. Each writes into tensor
 
 They are an option (`fuse`, `--fused-kernels`), and not the default: Triton's interpreter has run them in fp32 and fp16, and its
 compiler has made bf16 code for A100 and H100, but no GPU has run them yet. Without them torch's own kernels
-compute the same in more passes over memory; so it is on CPUs, on GPUs before Ampere, and for gates other than SiLU's.
+compute the same in more passes over memory; so it is on CPUs, on GPUs before Ampere, in fp32, and for gates other than SiLU's.
+Each expert has launches of its own, so with many small experts (OLMoE) they may gain nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers.activations import SiLUActivation
 
 COLUMNS = 128  # of a program's tile
 DEVICES = {"cuda", "meta"}  # where they may run; with Triton's interpreter, for tests, on CPUs
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_RANK = 64  # whose factors fit into what an L4 has of memory on the chip
 AMPERE = (8, 0)
 
 LIBRARY = torch.library.Library("moe_course", "DEF")
@@ -63,7 +65,7 @@ gate_back = _operator(
 # out (n, m) = what dropout leaves of thin (n, r) @ a (r, m).
 thin_product = _operator("thin_product(Tensor thin, Tensor a, Tensor(a!) out, int first, int seed, float dropout) -> ()")
 
-# rows (T·k, H), place (T·k,), weight (T·k,) → out (T, H): for each token the weighted sum of its k rows, which are at `place`.
+# rows (T·k, H), place (T·k,), weight (T, k) → out (T, H): for each token the weighted sum of its k rows, which are at `place`.
 by_token = _operator("by_token(Tensor rows, Tensor place, Tensor weight, Tensor(a!) out) -> ()")
 
 
@@ -72,20 +74,27 @@ def partials(like: Tensor) -> Tensor:
     return like.new_empty(len(like), -(-like.shape[1] // COLUMNS), dtype=torch.float32)
 
 
-@functools.cache
 def problem() -> str | None:
     """Why the GPU at hand cannot run them, if so. Tried out, because Triton needs compilers of its own."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
+    return _problem_of(torch.cuda.current_device())
+
+
+@functools.cache
+def _problem_of(_gpu: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability() < AMPERE:
         return "they need a GPU from Ampere on"
-    thin, a = (torch.ones(shape, device="cuda", dtype=torch.float16) for shape in ((3, 4), (4, 70)))
-    out = torch.empty(3, 70, device="cuda", dtype=torch.float16)
+    shapes = ((3, 140), (3, 4), (140, 4), (3, 70), (3, 70))
+    h, thin, b, gated, kept = (torch.ones(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     try:
-        thin_product(thin, a, out, 0, 0, 0.0)
-        right = bool((out == 4).all())
+        gate(h, thin, b, gated, kept, 0, 0, 0.5)
+        wanted = 5 * nn.functional.silu(torch.tensor(5.0))  # of 1 + 4 products of ones
+        right = bool(
+            ((gated - wanted).abs() < 0.01 * wanted).all() and ((kept == gated) | (kept == 0)).all() and (kept == 0).any()
+        )
     except Exception as error:  # compilers and drivers have their own
         return f"Triton fails with {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     return None if right else "Triton's kernels give wrong numbers"
@@ -98,9 +107,10 @@ def check() -> None:
 
 
 def suits(experts: nn.Module) -> bool:
-    """Whether the gate of an expert stack is the one that the kernels compute."""
-    own = type(experts)._apply_gate.__module__.startswith("transformers.integrations.")  # none of the model's
-    return own and experts.is_concatenated and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    """Whether an expert stack is computed by `helpers.experts`, and its gate is the one of the kernels."""
+    ours = getattr(experts.config, "_experts_implementation", None) == "nf4"
+    plain = type(experts)._apply_gate.__module__.startswith("transformers.integrations.")  # no gate of the model's own
+    return ours and plain and experts.is_concatenated and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
 def fuse(model: nn.Module, compiled: bool = True) -> int:
@@ -109,7 +119,7 @@ def fuse(model: nn.Module, compiled: bool = True) -> int:
     `compiled`: norms and attention, which are small kernels, too, are handed to torch.compile. They are compiled when they are
     first run.
 
-    ValueError if the model's GPU cannot run them, or none of its experts suits.
+    ValueError if the model's GPU cannot run them, if they do not know its dtype or its adapters' rank, or if no experts suit.
     """
     stacks = [m for m in model.modules() if hasattr(type(m), "_apply_gate") and suits(m)]
     device = next(model.parameters()).device.type
@@ -118,7 +128,14 @@ def fuse(model: nn.Module, compiled: bool = True) -> int:
     if device not in DEVICES:
         raise ValueError(f"the fused kernels run on a CUDA GPU, and this model is on {device}: train without them")
     if not stacks:
-        raise ValueError("the fused kernels compute experts with a SiLU gate, and this model has none: train without them")
+        raise ValueError("the fused kernels compute 4-bit experts with a SiLU gate, and this model has none: train without them")
+    dtypes = {getattr(p, "quant_state", p).dtype for m in stacks for p in (m.gate_up_proj, m.down_proj)}
+    if other := dtypes - set(DTYPES):
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"the fused kernels compute in {known}, and this model in {other.pop()}: train without them")
+    ranks = [r for m in model.modules() if isinstance(getattr(m, "r", None), dict) for r in m.r.values()]
+    if ranks and max(ranks) > MOST_RANK:
+        raise ValueError(f"the fused kernels take LoRA ranks up to {MOST_RANK}, not {max(ranks)}: train without them")
     for module in stacks:
         module.fused_kernels = True
     if compiled and device == "cuda":

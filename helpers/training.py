@@ -143,10 +143,10 @@ def train(
     for engine, refusal in ENGINES.items():  # first: what follows would start the engine
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
             raise ValueError(refusal)
-    if fused_kernels:
-        fused.check()
-    output_dir = _writable(Path(output_dir))
     main = accelerate.PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    if fused_kernels:
+        fused.check()  # of several processes, each its own GPU
+    output_dir = _writable(Path(output_dir))
     with alone(output_dir) if main else contextlib.nullcontext():
         say = say or (lambda _text: None)
         run = _Run.begin(profile, stories, output_dir, resume, attention, fused_kernels, skip_too_long, say)

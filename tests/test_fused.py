@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -168,11 +169,11 @@ def test_the_derivative_of_the_gate(rows, width, rank, first, second, dropout, d
 @each_dtype
 @pytest.mark.parametrize("tokens, width, k", [(1, 64, 1), (33, 192, 2), (100, 320, 8)])
 def test_rows_are_summed_by_token(tokens, width, k, dtype, tolerance):
-    rows, weight = draw(tokens * k, width, dtype=dtype), draw(tokens * k, dtype=torch.float32).abs()
+    rows, weight = draw(tokens * k, width, dtype=dtype), draw(tokens, k, dtype=torch.float32).abs()
     place = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(0)).to(HERE)
     out = empty(tokens, width, dtype=dtype)
     fused.by_token(rows, place, weight, out)
-    close(out, (rows[place].double() * weight.double()[:, None]).view(tokens, k, width).sum(1), tolerance)
+    close(out, (rows[place].double().view(tokens, k, width) * weight.double()[..., None]).sum(1), tolerance)
 
 
 @needs_triton
@@ -232,15 +233,16 @@ def passed(module, factors, x, index, weight):
 
 @pytest.fixture
 def on_this_machine(monkeypatch):
+    """fp32, too, to see more than rounding."""
     monkeypatch.setattr(fused, "DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(fused, "DTYPES", (*fused.DTYPES, torch.float32))
 
 
 @needs_triton
 @each_dtype
 @pytest.mark.parametrize("rank, lora, grouped", [(8, True, False), (3, True, True), (8, False, False)])
 def test_a_layer_is_that_of_torchs_kernels(rank, lora, grouped, dtype, tolerance, on_this_machine, monkeypatch):
-    if grouped:
-        monkeypatch.setitem(expert_pass.GROUP, "cpu", 2**26)
+    monkeypatch.setitem(expert_pass.GROUP, HERE, 2**26 if grouped else 0)
     model, module, factors = layer(dtype, rank, lora=lora)
     given, calls, gate = inputs(dtype), [], fused.gate
     wanted = passed(module, factors, *given)
@@ -267,6 +269,52 @@ def test_without_a_gradient_few_experts_are_computed_from_their_own_factors(dtyp
 
 
 @needs_triton
+def test_a_second_backward_pass_gives_the_same(on_this_machine):
+    """Also of tensors that were moved away meanwhile, where torch cannot notice that one was changed in place."""
+    model, module, factors = layer(dropout=0.25)
+    fused.fuse(model, compiled=False)
+    x, index, weight = inputs(torch.float32)
+    for away in (False, True):
+        with torch.autograd.graph.save_on_cpu() if away else contextlib.nullcontext():
+            loss = module(x, index, weight).square().sum()
+        first, second = (torch.autograd.grad(loss, (x, weight, *factors), retain_graph=True) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_triton
+@pytest.mark.parametrize("before", [True, False])
+def test_a_backward_pass_goes_as_its_forward_pass_went(before, on_this_machine):
+    """Whatever is switched in between: the masks are others, and what was kept is."""
+    model, module, factors = layer(dropout=0.25)
+    fused.fuse(model, compiled=False)
+    stacks, found = next(m for m in model.modules() if experts.is_experts(m)), []
+    x, index, weight = inputs(torch.float32)
+    for after in (before, not before):
+        stacks.fused_kernels = before
+        torch.manual_seed(3)
+        loss = module(x, index, weight).square().sum()
+        stacks.fused_kernels = after
+        found.append(torch.autograd.grad(loss, (x, weight, *factors)))
+    for a, b in zip(*found, strict=True):
+        close(a, b.double(), 1e-6)
+
+
+@needs_triton
+def test_no_token_and_one_expert_a_token(on_this_machine):
+    """Routing weights of the best expert are a column of all, with gaps between them."""
+    model, module, _ = layer()
+    x, index, weight = inputs(torch.float32)
+    given = [(x[:0], index[:0], weight[:0]), (x, index[:, :1], weight[:, :1])]
+    with torch.no_grad():
+        wanted = [module(*each) for each in given]
+        fused.fuse(model, compiled=False)
+        found = [module(*each) for each in given]
+    assert found[0].shape == (0, 128)
+    close(found[1], wanted[1].double(), 1e-6)
+
+
+@needs_triton
 def test_a_tensor_with_gaps_is_refused():
     """It would be read as if it had none."""
     with pytest.raises(ValueError, match=r"tensors of the shapes \[\(4, 64\)\] are not contiguous"):
@@ -274,8 +322,10 @@ def test_a_tensor_with_gaps_is_refused():
 
 
 @needs_triton
-def test_dropout_in_a_layer_is_the_same_forward_and_backward(on_this_machine):
-    """Against autograd in float64 with the masks that the kernels draw: one for each expert and projection."""
+@pytest.mark.parametrize("grouped", [False, True])
+def test_dropout_in_a_layer_is_the_same_forward_and_backward(grouped, on_this_machine, monkeypatch):
+    """Against autograd in float64 with the masks that the kernels draw: one for each group of experts and projection."""
+    monkeypatch.setitem(expert_pass.GROUP, HERE, 2**26 if grouped else 0)
     p, (model, module, factors) = 0.25, layer(dropout=0.25)
     fused.fuse(model, compiled=False)
     x, index, weight = inputs(torch.float32)
@@ -289,9 +339,12 @@ def test_dropout_in_a_layer_is_the_same_forward_and_backward(on_this_machine):
     (a1, b1), (a2, b2) = ([f.detach().double().requires_grad_() for f in (lora[n].A, lora[n].B)] for n in experts.STACKS)
     scale, out = 16 / 8 / (1 - p), torch.zeros_like(leaves[0])
     used = [e for e in range(8) if (index == e).any()]
+    first = 0
     for number, e in enumerate(used):
         token, slot = (index == e).nonzero(as_tuple=True)
-        keep = [mask(len(token), width, seed + 2 * number + j, p) for j, width in enumerate((128, 192))]
+        group, start = (0, first) if grouped else (number, 0)
+        keep = [mask(len(token), width, seed + 2 * group + j, p, start) for j, width in enumerate((128, 192))]
+        first += len(token)
         rows = leaves[0][token]
         u, v = (rows @ up[e].T + scale * (rows * keep[0]) @ a1[e].T @ b1[e].T).chunk(2, -1)
         gated = nn.functional.silu(u) * v
@@ -320,7 +373,24 @@ def test_they_are_an_option(monkeypatch):
     passed(module, factors, *inputs(torch.float32))
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"run on a CUDA GPU, and this model is on cpu: train without them"):
+        fused.fuse(model.cpu())
+
+
+def test_what_they_do_not_know_is_refused(monkeypatch):
+    """Ranks whose factors would not fit, fp32, and experts that are not computed by ours."""
+    monkeypatch.setattr(fused, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(fused, "check", lambda: None)
+    with pytest.raises(ValueError, match=r"ranks up to 64, not 65: train without them"):
+        fused.fuse(layer(torch.bfloat16, rank=65)[0])
+    with pytest.raises(ValueError, match=r"compute in bfloat16 or float16, and this model in torch.float32"):
+        fused.fuse(layer()[0])
+    model, *_ = layer(torch.bfloat16, rank=64)
+    assert fused.fuse(model, compiled=False) == 1
+    model.get_base_model().set_experts_implementation("grouped_mm")
+    with pytest.raises(ValueError, match="compute 4-bit experts with a SiLU gate, and this model has none"):
         fused.fuse(model)
+    model.get_base_model().set_experts_implementation(experts.NAME)
+    assert fused.fuse(model, compiled=False) == 1
 
 
 def test_experts_with_another_gate_are_refused():
@@ -332,17 +402,17 @@ def test_experts_with_another_gate_are_refused():
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="experts with a SiLU gate, and this model has none"):
+    model.set_experts_implementation(experts.NAME)
+    with pytest.raises(ValueError, match="4-bit experts with a SiLU gate, and this model has none"):
         fused.fuse(model)
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_what_is_missing_is_said(monkeypatch):
-    ask = fused.problem.__wrapped__
-    assert ask() == "there is no CUDA GPU"
+    assert fused.problem() == "there is no CUDA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    found = ask()
+    found = fused._problem_of.__wrapped__(0)
     assert found == ("they need a GPU from Ampere on" if TRITON else "Triton is not installed")
 
 
@@ -385,8 +455,8 @@ def test_the_benchmark_takes_turns(on_this_machine, tmp_path, monkeypatch):
     used, gate = [], fused.gate
     monkeypatch.setattr(fused, "gate", lambda *args: (used.append(1), gate(*args)))
     out = tmp_path / "found.json"
-    settings = ["--smoke", "--repeats=1", "--layers=1", "--experts=2", "--tokens", "8", "16", "--out", str(out)]
-    settings += ["--cases", "ceiling", "kernels", "routers"]
+    settings = ["--smoke", "--repeats=1", "--layers=1", "--experts=2", "--tokens", "8", "16", "--device", HERE]
+    settings += ["--out", str(out), "--cases", "ceiling", "kernels", "routers"]
     found = experts_gpu.main(settings)["cases"]
     assert not any("error" in case for case in found.values()), found
     ways = ["torch", "fused", "fused, rest compiled"]
@@ -453,7 +523,7 @@ from helpers import expert_kernels as kernels
 capability, out = int(sys.argv[1]), sys.argv[2]
 KINDS = {"codes": "*u8", "scales": "*fp32", "table": "*fp32", "token": "*i64", "place": "*i64", "partial": "*fp32"}
 KINDS |= dict.fromkeys(kernels.VARYING, "i32")
-RANK = dict.fromkeys(("r", "R", "r1", "R1", "r2", "R2"), 32)
+RANK = dict.fromkeys(("r", "R", "r1", "R1", "r2", "R2"), int(sys.argv[3]))
 FIXED = {"WIDTH": 14336, "PLAIN": True, "DROP": True, "LORA": True, "LORA1": True, "LORA2": True, "K": 2, **RANK}
 FIXED |= {"N": kernels.ROWS, "W": kernels.COLUMNS, "STEPS": kernels.STEPS}
 for name in ("_unpack", "_take", "_gate", "_gate_back", "_thin_product", "_by_token"):
@@ -465,26 +535,32 @@ for name in ("_unpack", "_take", "_gate", "_gate_back", "_thin_product", "_by_to
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
     open(f"{out}/{name}.ptx", "w").write(made.asm["ptx"])
     open(f"{out}/{name}.cubin", "wb").write(made.asm["cubin"])
+    open(f"{out}/{name}.shared", "w").write(str(made.metadata.shared))
 """
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_compiler_makes_code_for_an_a100_and_an_h100(capability, tmp_path):
-    """Without a GPU: as far as machine code. 16 bytes a load, products on tensor cores, all values in registers."""
+@pytest.mark.parametrize("capability, rank, shared", [(80, 32, 166_912), (90, 32, 232_448), (89, fused.MOST_RANK, 101_376)])
+def test_the_compiler_makes_code_for_an_a100_and_an_h100_and_an_l4(capability, rank, shared, tmp_path):
+    """Without a GPU: as far as machine code. Wide loads, products on tensor cores, all values in registers.
+
+    `shared`: bytes of memory on the chip that a program can have there; the largest rank must fit into the least.
+    """
     import triton
 
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability), str(tmp_path)], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", COMPILE, str(capability), str(tmp_path), str(rank)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     kernels = sorted(tmp_path.glob("*.cubin"))
     assert len(kernels) == 6
     for code in kernels:
         report = subprocess.run([str(reader), "-res-usage", str(code)], capture_output=True, text=True, check=True).stdout
+        assert int(code.with_suffix(".shared").read_text()) <= shared
+        if rank > 32:
+            continue
         assert re.search(r"\bSTACK:0\b", report) and re.search(r"\bLOCAL:0\b", report), f"{code.name} spills: {report}"
         assert int(re.search(r"\bREG:(\d+)", report)[1]) <= 168, "three programs of four warps fit at once"
         text = code.with_suffix(".ptx").read_text()

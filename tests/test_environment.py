@@ -159,7 +159,9 @@ def test_everything_that_the_helpers_import_is_required():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             names = [name for name in names if name != "google.colab"]  # it is part of Colab, and nowhere else
-            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"helpers"}:
+            names = [name.split(".")[0] for name in names]
+            came_with = {"helpers", "triton"}  # the latter with torch for CUDA; `helpers.fused` says so where it is missing
+            for top in set(names) - sys.stdlib_module_names - came_with:
                 if top in providers:
                     assert known & {canonicalize_name(d) for d in providers[top]}, f"{file.name}:{node.lineno} imports {top}"
 

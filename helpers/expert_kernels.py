@@ -49,19 +49,55 @@ def _thin_tile(thin, row, n, r: tl.constexpr, R: tl.constexpr):
     return tl.load(thin + row[:, None] * r + rank[None, :], mask=inside, other=0.0)
 
 
+@triton.jit
+def _of_a(a, column, WIDTH: tl.constexpr, r: tl.constexpr, R: tl.constexpr):
+    """(R, W): columns of a factor A (r, m)."""
+    rank = tl.arange(0, R)
+    inside = (rank < r)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(a + rank[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _of_b(b, column, WIDTH: tl.constexpr, r: tl.constexpr, R: tl.constexpr):
+    """(R, W): rows of a factor B (m, r), transposed."""
+    rank = tl.arange(0, R)
+    inside = (rank < r)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(b + column[None, :] * r + rank[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _place(WIDTH: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr):
+    """What a program does: (its first row, its columns (W,), the number of its block of columns)."""
+    blocks = tl.cdiv(WIDTH, W)
+    block = tl.program_id(0) % blocks
+    return tl.program_id(0) // blocks * (N * STEPS), block * W + tl.arange(0, W), block
+
+
+@triton.jit
+def _halves(
+    h, thin, b_gate, b_up, row, column, inside, n,
+    WIDTH: tl.constexpr, r: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr,
+):  # fmt: skip
+    """Both halves (N, W) of the pre-activations in fp32: the gate's argument, and what it is multiplied by."""
+    at = h + 2 * row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    u = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    if LORA:
+        t = _thin_tile(thin, row, n, r, R)
+        u += tl.dot(t, b_gate, input_precision="ieee")
+        v += tl.dot(t, b_up, input_precision="ieee")
+    return u, v
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _unpack(codes, scales, table, out, n, N: tl.constexpr):
     """n blocks of 64 weights that share a scale: 32 bytes, of which each holds two, the upper half the first."""
     block = tl.program_id(0) * N + tl.arange(0, N)
-    byte = tl.arange(0, 32)
-    at = block.to(tl.int64)[:, None] * 32 + byte[None, :]
-    inside = (block < n)[:, None] & (byte >= 0)[None, :]
-    two = tl.load(codes + at, mask=inside, other=0)
+    inside = (block < n)[:, None]
+    two = tl.load(codes + block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside, other=0)
     scale = tl.load(scales + block, mask=block < n, other=0.0)[:, None]
     both = tl.interleave(tl.load(table + (two >> 4)) * scale, tl.load(table + (two & 15)) * scale)
-    weight = tl.arange(0, 64)
-    at = block.to(tl.int64)[:, None] * 64 + weight[None, :]
-    inside = (block < n)[:, None] & (weight >= 0)[None, :]
+    at = block.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out + at, both.to(out.dtype.element_ty), mask=inside)
 
 
@@ -70,9 +106,8 @@ def _take(
     x, token, rows, kept, n, seed, threshold,
     WIDTH: tl.constexpr, PLAIN: tl.constexpr, DROP: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(WIDTH, W)
-    row = tl.program_id(0) // blocks * N + tl.arange(0, N)
-    column = tl.program_id(0) % blocks * W + tl.arange(0, W)
+    start, column, _ = _place(WIDTH, N, W, 1)
+    row = start + tl.arange(0, N)
     inside = (row < n)[:, None] & (column < WIDTH)[None, :]
     source = tl.load(token + row, mask=row < n, other=0).to(tl.int64)
     value = tl.load(x + source[:, None] * WIDTH + column[None, :], mask=inside)
@@ -90,24 +125,15 @@ def _gate(
     WIDTH: tl.constexpr, r: tl.constexpr, R: tl.constexpr, LORA: tl.constexpr, DROP: tl.constexpr,
     N: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(WIDTH, W)
-    column = tl.program_id(0) % blocks * W + tl.arange(0, W)
-    start = tl.program_id(0) // blocks * (N * STEPS)
-    rank = tl.arange(0, R)
+    start, column, _ = _place(WIDTH, N, W, STEPS)
+    b_gate, b_up = 0.0, 0.0
     if LORA:
-        some = (rank < r)[:, None] & (column < WIDTH)[None, :]
-        b_gate = tl.load(b + column[None, :] * r + rank[:, None], mask=some, other=0.0)
-        b_up = tl.load(b + (WIDTH + column)[None, :] * r + rank[:, None], mask=some, other=0.0)
+        b_gate, b_up = _of_b(b, column, WIDTH, r, R), _of_b(b + WIDTH * r, column, WIDTH, r, R)
     for step in range(STEPS):
         row = start + step * N + tl.arange(0, N)
         inside = (row < n)[:, None] & (column < WIDTH)[None, :]
         wide = row.to(tl.int64)[:, None] * WIDTH
-        u = tl.load(h + 2 * wide + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(h + 2 * wide + WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if LORA:
-            t = _thin_tile(thin, row, n, r, R)
-            u += tl.dot(t, b_gate, input_precision="ieee")
-            v += tl.dot(t, b_up, input_precision="ieee")
+        u, v = _halves(h, thin, b_gate, b_up, row, column, inside, n, WIDTH, r, R, LORA)
         a = (u * tl.sigmoid(u) * v).to(gated.dtype.element_ty)
         tl.store(gated + wide + column[None, :], a, mask=inside)
         if DROP:
@@ -121,29 +147,18 @@ def _gate_back(
     WIDTH: tl.constexpr, r1: tl.constexpr, R1: tl.constexpr, r2: tl.constexpr, R2: tl.constexpr,
     LORA1: tl.constexpr, LORA2: tl.constexpr, DROP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(WIDTH, W)
-    column = tl.program_id(0) % blocks * W + tl.arange(0, W)
-    start = tl.program_id(0) // blocks * (N * STEPS)
+    start, column, block = _place(WIDTH, N, W, STEPS)
+    b_gate, b_up = 0.0, 0.0
     if LORA1:
-        rank1 = tl.arange(0, R1)
-        some = (rank1 < r1)[:, None] & (column < WIDTH)[None, :]
-        b_gate = tl.load(b + column[None, :] * r1 + rank1[:, None], mask=some, other=0.0)
-        b_up = tl.load(b + (WIDTH + column)[None, :] * r1 + rank1[:, None], mask=some, other=0.0)
+        b_gate, b_up = _of_b(b, column, WIDTH, r1, R1), _of_b(b + WIDTH * r1, column, WIDTH, r1, R1)
     if LORA2:
-        rank2 = tl.arange(0, R2)
-        some = (rank2 < r2)[:, None] & (column < WIDTH)[None, :]
-        a_tile = tl.load(a2 + rank2[:, None] * WIDTH + column[None, :], mask=some, other=0.0)
+        a_tile = _of_a(a2, column, WIDTH, r2, R2)
     for step in range(STEPS):
         row = start + step * N + tl.arange(0, N)
         inside = (row < n)[:, None] & (column < WIDTH)[None, :]
         wide = row.to(tl.int64)[:, None] * WIDTH
-        u = tl.load(h + 2 * wide + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(h + 2 * wide + WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        u, v = _halves(h, thin1, b_gate, b_up, row, column, inside, n, WIDTH, r1, R1, LORA1)
         ga = tl.load(g + wide + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if LORA1:
-            t = _thin_tile(thin1, row, n, r1, R1)
-            u += tl.dot(t, b_gate, input_precision="ieee")
-            v += tl.dot(t, b_up, input_precision="ieee")
         if DROP:
             keep = _kept(first + row, column, seed, threshold)
         if LORA2:
@@ -164,7 +179,7 @@ def _gate_back(
                 left = a
             tl.store(kept + wide + column[None, :], left.to(kept.dtype.element_ty), mask=inside)
         # beyond the last row and column all three are zero, so they add nothing
-        tl.store(partial + row.to(tl.int64) * blocks + tl.program_id(0) % blocks, tl.sum(ga * a, axis=1), mask=row < n)
+        tl.store(partial + row.to(tl.int64) * tl.cdiv(WIDTH, W) + block, tl.sum(ga * a, axis=1), mask=row < n)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -173,12 +188,8 @@ def _thin_product(
     WIDTH: tl.constexpr, r: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
     N: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(WIDTH, W)
-    column = tl.program_id(0) % blocks * W + tl.arange(0, W)
-    start = tl.program_id(0) // blocks * (N * STEPS)
-    rank = tl.arange(0, R)
-    some = (rank < r)[:, None] & (column < WIDTH)[None, :]
-    tile = tl.load(a + rank[:, None] * WIDTH + column[None, :], mask=some, other=0.0)
+    start, column, _ = _place(WIDTH, N, W, STEPS)
+    tile = _of_a(a, column, WIDTH, r, R)
     for step in range(STEPS):
         row = start + step * N + tl.arange(0, N)
         inside = (row < n)[:, None] & (column < WIDTH)[None, :]
@@ -190,9 +201,8 @@ def _thin_product(
 
 @triton.jit(do_not_specialize=VARYING)
 def _by_token(rows, place, weight, out, n, WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    blocks = tl.cdiv(WIDTH, W)
-    token = tl.program_id(0) // blocks * N + tl.arange(0, N)
-    column = tl.program_id(0) % blocks * W + tl.arange(0, W)
+    start, column, _ = _place(WIDTH, N, W, 1)
+    token = start + tl.arange(0, N)
     inside = (token < n)[:, None] & (column < WIDTH)[None, :]
     total = tl.zeros((N, W), dtype=tl.float32)
     for j in range(K):

@@ -564,5 +564,6 @@ def test_the_compiler_makes_code_for_an_a100_and_an_h100_and_an_l4(capability, r
         assert re.search(r"\bSTACK:0\b", report) and re.search(r"\bLOCAL:0\b", report), f"{code.name} spills: {report}"
         assert int(re.search(r"\bREG:(\d+)", report)[1]) <= 168, "three programs of four warps fit at once"
         text = code.with_suffix(".ptx").read_text()
-        assert re.search(r"st\.global.*v4", text) and re.search(r"ld\.global.*(v4|v2)", text)
+        loaded = "v2" if code.stem == "_unpack" else "v4"  # codes are a quarter of what is stored
+        assert re.search(r"st\.global.*v4", text) and re.search(rf"ld\.global.*{loaded}", text)
         assert ("mma" in text) == (code.stem in ("_gate", "_gate_back", "_thin_product"))

@@ -35,6 +35,13 @@ def test_the_codes_of_a_stack_are_the_same():
     assert gap.quantile(0.99) < 0.05, "what is left are scales that were rounded the other way"
 
 
+def count_gates(monkeypatch) -> list:
+    """Grows with every call of a fused kernel: an option that is on and used by nothing would be seen."""
+    used, gate = [], fused.gate
+    monkeypatch.setattr(fused, "gate", lambda *args: (used.append(1), gate(*args))[1])
+    return used
+
+
 def layer_and_inputs(device: str, dtype: torch.dtype, tokens: int):
     """An expert layer with LoRA on both stacks, and what it is given; the same numbers on every device."""
     config = tiny_config(256, hidden=128, layers=1, intermediate=192)
@@ -69,6 +76,7 @@ def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype
     """
     found, decoding, times = [], [], nf4.Unpacker.times
     monkeypatch.setattr(nf4.Unpacker, "times", lambda self, x, e: (decoding.append(e), times(self, x, e))[1])
+    used = count_gates(monkeypatch)
     for where, kind in (("cpu", torch.float32), (HERE, dtype)):
         layer, x, index, weight, adapters = layer_and_inputs(where, kind, tokens)
         if kernels and where == "cuda":
@@ -76,17 +84,19 @@ def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype
         out = layer(x, index, weight)
         out.float().square().sum().backward()
         found.append([t.detach().float().cpu() for t in (out, x.grad, weight.grad, *(p.grad for p in adapters))])
-    assert bool(decoding) == (GPU and tokens == 30)
+    assert bool(decoding) == (GPU and tokens == 30) and bool(used) == kernels
     for wanted, got in zip(*found, strict=True):
         assert (got - wanted).norm() < tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_gpu)])
-def test_a_run_takes_the_gpu_by_itself_and_learns(kernels, tmp_path):
+def test_a_run_takes_the_gpu_by_itself_and_learns(kernels, tmp_path, monkeypatch):
     """Whole steps: data, 4-bit model, adapters, router losses, Adam; with fused kernels and compiled attention, too."""
     base = small_runs.make_base(tmp_path / "base")
     profile = small_runs.small_profile(base, lora_dropout=0.0, **({"dtype": "bfloat16"} if kernels else {}))
+    used = count_gates(monkeypatch)
     result = small_runs.train(base, tmp_path / "run", profile, log_every=1, fused_kernels=kernels)
+    assert bool(used) == kernels
     where = {p.device.type for p in training.prepare_model(small_runs.small_profile(base)).parameters()}
     assert where == {HERE}
     losses = [row["loss"] for row in result.history]

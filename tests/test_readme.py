@@ -108,6 +108,12 @@ def test_a_module_imports_only_what_stands_above_it_or_beside_it():
     assert found > 100
 
 
+def test_the_allowance_is_the_budgets():
+    from helpers import budget
+
+    assert f"leave {budget.RESERVE:g} GiB more for CUDA" in " ".join(README.split())
+
+
 def test_relative_links_lead_somewhere():
     for page in (
         "README.md",

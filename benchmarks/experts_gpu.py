@@ -57,7 +57,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from helpers import budget, experts, fused, losses, nf4, qlora
+from helpers import activation_checkpointing, budget, experts, fused, losses, nf4, qlora
 from helpers.audit import audit
 from helpers.environment import hardware, versions
 from helpers.files import write_json
@@ -159,7 +159,7 @@ class Step:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model = model.train()
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(self.model)
         self.model.enable_input_require_grads()
         self.adam = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
         self.device, self.dtype = device, dtype

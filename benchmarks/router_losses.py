@@ -29,6 +29,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.experts import LiveBytes
+from helpers import activation_checkpointing
 from helpers.environment import hardware, versions
 from helpers.files import write_json
 from helpers.router_losses import attach_router_losses, load_balancing_loss, router_z_loss
@@ -135,7 +136,7 @@ def retained(depth: int, checkpointing: bool, variant: str) -> int:
     hidden, intermediate, _, heads, rows, length = SIZES["tiny"]
     model, inputs = mixtral(hidden, intermediate, depth, heads), batch(rows, length, 2424, "cpu")
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(model)
     forward(model, inputs, variant)  # lazily made buffers exist now
     handle = attach_router_losses(model, Z, B) if variant == "attached" else None
     gc.collect()
@@ -167,7 +168,7 @@ def main() -> None:
             profile = PROFILES["tiny"]
             model = prepare_model(profile).train()
             if profile.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                activation_checkpointing.enable(model)
             model.config.router_aux_loss_coef = model.get_base_model().router_aux_loss_coef = 0.0
             inputs = batch(profile.micro_batch, profile.context, model.config.vocab_size, str(model.device))
         else:

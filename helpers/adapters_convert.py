@@ -21,16 +21,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.files import write_json
 from helpers.qlora import DROPOUT_FILE
 
 WEIGHTS = "adapter_model.safetensors"
@@ -168,7 +171,7 @@ def _config(folder: str | Path) -> LoraConfig:
 def _dropout(folder: str | Path, config: LoraConfig) -> float:
     """What an adapter was trained with: `save_lora` keeps it beside a configuration that says 0."""
     kept = Path(folder) / DROPOUT_FILE
-    return json.loads(kept.read_text())["lora_dropout"] if kept.is_file() else config.lora_dropout
+    return json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"] if kept.is_file() else config.lora_dropout
 
 
 def _linear_parameters(config: LoraConfig) -> list[str]:
@@ -224,9 +227,16 @@ def _put(tensors: dict[str, Tensor], name: str, pair: Pair) -> None:
 
 def _write(config: LoraConfig, tensors: dict[str, Tensor], out: str | Path, dropout: float) -> Path:
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     # cloned: safetensors refuses tensors that share memory, as the common A of gate and up does
-    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(out))
-    (out / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": dropout}) + "\n")
+    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+    write_json(partial / DROPOUT_FILE, {"lora_dropout": dropout})
+    config.save_pretrained(str(partial))
+    out.mkdir(exist_ok=True)
+    (out / CONFIG_NAME).unlink(missing_ok=True)  # without it, nobody takes new weights for old ones
+    for file in sorted(partial.iterdir(), key=lambda p: p.name == CONFIG_NAME):
+        file.replace(out / file.name)
+    partial.rmdir()
     return out

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 from helpers import length_stats as stats
 from helpers.evaluation import CONDITIONS, DEEP, FIRST, LengthTable, row_of
 from helpers.generation import Progress, Prompt, Sampling, reply_stops, steady
-from helpers.lengths import LENGTHS, count_words, length_class, word_range
+from helpers.held_out import HeldOutLoss
+from helpers.lengths import LENGTHS, count_words, label_replies, length_class, word_range
 from helpers.prompts import Lengths, generation_segments, response_header
 from helpers.replies import recorded_replies
 from helpers.schema import Message, Story, StoryError, clean_reply
-from helpers.tokens import IGNORED, encode, encode_segments
+from helpers.tokens import encode_segments
 
 Rows = list[dict[str, Any]]
 UNKNOWN = ("gigantic", "brief", "20 words", "banana")
@@ -204,37 +205,17 @@ def reply_perplexity(model, tokenizer, stories: Sequence[Story]) -> Rows:
 
     Perplexity is exp of the mean negative log-likelihood of a reply's tokens and its end, in nats per token.
     """
-    import torch
-
-    totals: dict[str, Counter] = {name: Counter() for name in LENGTHS}
-    device = model.device
-    with steady(model), torch.inference_mode():
-        for story in stories:
-            own = [length_class(m.text) for m in story.replies]
-            for kind, lengths in (("with", own), ("without", None)):
-                sample = encode(story, tokenizer, lengths)
-                ids = torch.tensor([sample.input_ids], device=device)
-                loss = -model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                loss = loss.gather(1, ids[0, 1:, None]).squeeze(1).tolist()
-                for name, span in zip(own, _runs(sample.labels[1:]), strict=True):
-                    totals[name][kind] += sum(loss[i] for i in span)
-                    totals[name]["tokens"] += len(span) if kind == "with" else 0
-                    totals[name]["replies"] += kind == "with"
-    rows = []
-    for name, t in totals.items():
-        if t["replies"]:
-            per = {kind: math.exp(t[kind] / t["tokens"]) for kind in ("with", "without")}
-            rows.append({"length": name, "replies": t["replies"], "tokens": t["tokens"], **per})
-    return rows
-
-
-def _runs(labels: Sequence[int]) -> list[range]:
-    """Stretches of trained tokens, one a reply."""
-    spans, start = [], None
-    for i, label in enumerate([*labels, IGNORED]):
-        if label != IGNORED and start is None:
-            start = i
-        elif label == IGNORED and start is not None:
-            spans.append(range(start, i))
-            start = None
-    return spans
+    own = [(story, label_replies(story, 0.0)) for story in stories]
+    plain = [(story, [None] * len(lengths)) for story, lengths in own]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    context = model.config.get_text_config().max_position_embeddings
+    measures = {kind: HeldOutLoss(part, tokenizer, context, pad) for kind, part in (("with", own), ("without", plain))}
+    with steady(model):
+        nats = {kind: measure(model) for kind, measure in measures.items()}
+    counted = measures["with"]
+    return [
+        {"length": name, "replies": counted.replies[name], "tokens": counted.tokens[name]}
+        | {kind: math.exp(found[name]) for kind, found in nats.items()}
+        for name in LENGTHS
+        if counted.replies[name]
+    ]

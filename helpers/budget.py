@@ -109,12 +109,30 @@ def describe(
     attention: bool = True,
     name: str | None = None,
 ) -> Model:
-    """Count a model of this configuration on the meta device: no weight is made, Mixtral takes a second."""
+    """Count a model of this configuration on the meta device: no weight is made, Mixtral takes a second.
+
+    ValueError if its configuration does not say in one number what the activations are made of (layers of different sizes).
+    """
+    from helpers.quantization import as_dtype
+
+    dtype, text = as_dtype(dtype), config.get_text_config()
+    weights, adapters, normed = count(config, dtype, r, experts, router, attention)
+    try:
+        sizes = _sizes(text)
+    except (AttributeError, RuntimeError, TypeError) as error:  # RuntimeError: of attributes that differ by layer
+        raise ValueError(f"the activations of a {text.model_type} cannot be counted from its configuration ({error})") from error
+    sizes |= dict(rank=r if adapters else 0, adapted=attention, routed=router, normed=normed)
+    return Model(name or text.model_type, weights, adapters, dtype, sizes)
+
+
+def count(
+    config: PreTrainedConfig, dtype: torch.dtype, r: int, experts: bool, router: bool, attention: bool = True
+) -> tuple[int, int, bool]:
+    """(bytes of the weights in 4 bit, numbers in the adapters, whether queries and keys have norms)."""
     from peft import get_peft_model
 
     from helpers import qlora, quantization
 
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model, quantizer = quantization.empty_4bit(config, dtype)
     weights = 0
     for full_name, param in model.named_parameters():
@@ -125,18 +143,24 @@ def describe(
         settings = qlora.lora_config(model, r=r, dropout=0.0, attention=attention, experts_too=experts, router=router)
         adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
         adapters = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
-    text = config.get_text_config()
+    normed = any(name.endswith(("q_norm", "query_layernorm")) for name, _ in model.named_modules())
+    return weights, adapters, normed
+
+
+def _sizes(text: PreTrainedConfig) -> dict[str, int]:
+    """What the activations are made of. AttributeError for what a configuration does not have."""
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    count = next(v for a in ("num_local_experts", "num_experts", "n_routed_experts") if (v := getattr(text, a, None)))
-    sizes = dict(
-        layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=text.vocab_size, experts=count,
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(text, name, None))), None)
+    if experts is None:
+        raise AttributeError(f"no {', '.join(names[:-1])} or {names[-1]}")
+    return dict(
+        layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=text.vocab_size, experts=experts,
         inner=getattr(text, "moe_intermediate_size", None) or text.intermediate_size, top_k=text.num_experts_per_tok,
         queries=heads * head_dim, keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim, heads=heads,
-        rank=r if adapters else 0, adapted=attention, routed=router, longest=text.max_position_embeddings,
-        normed=any(name.endswith(("q_norm", "query_layernorm")) for name, _ in model.named_modules()),
+        longest=text.max_position_embeddings,
     )  # fmt: skip
-    return Model(name or text.model_type, weights, adapters, dtype, sizes)
 
 
 def packed_bytes(weights: int) -> int:
@@ -203,6 +227,14 @@ def of_profile(profile: Profile, **lora: Any) -> Model:
     """`describe` for a profile's base."""
     wanted = {"r": profile.lora_r, "experts": profile.lora_experts, "router": profile.lora_router, **lora}
     return describe(config_of(profile), profile.dtype, name=f"{profile.name} ({profile.base})", **wanted)
+
+
+def adapter_numbers(profile: Profile) -> int:
+    """In the adapters of a profile; also of a model whose activations cannot be counted."""
+    from helpers.quantization import as_dtype
+
+    wanted = (profile.lora_r, profile.lora_experts, profile.lora_router)
+    return count(config_of(profile), as_dtype(profile.dtype), *wanted)[1]
 
 
 def _activations(

@@ -41,20 +41,19 @@ class Chat:
         if length is not None:
             rank(length)
         said = dataclasses.replace(self.story, messages=(*self.story.messages, Message("user", clean(text))))
-        return self._reply(said, length)
+        return self._reply(said, self.lengths, length)
 
     def again(self) -> Iterator[str]:
-        """Another reply to the last message, at the same length. Raises ValueError before the first one."""
+        """Another reply to the last message, at the same length, in place of the one there. ValueError before the first one."""
         if not self.lengths:
             raise ValueError("nothing has been said yet: use say(text) first")
-        length = self.lengths.pop()
-        self.story = dataclasses.replace(self.story, messages=self.story.messages[:-1])
-        self.tries += 1
-        return self._reply(self.story, length, self.tries)
+        *before, length = self.lengths
+        asked = dataclasses.replace(self.story, messages=self.story.messages[:-1])
+        return self._reply(asked, before, length, self.tries + 1)
 
-    def _reply(self, story: Story, length: str | None, sample: int = 0) -> Iterator[str]:
-        prompt = self._prompt(story, length, sample)
-        self.tries = sample
+    def _reply(self, story: Story, before: Sequence[str | None], length: str | None, sample: int = 0) -> Iterator[str]:
+        """`before`: the lengths of the replies in the story. Nothing is changed until somebody listens."""
+        prompt = self._prompt(story, before, length, sample)
         received: list[str] = []
 
         def pieces() -> Iterator[str]:
@@ -65,16 +64,16 @@ class Chat:
             finally:
                 text = clean_reply("".join(received)) or SILENCE
                 self.story = dataclasses.replace(story, messages=(*story.messages, Message("character", text)))
-                self.lengths.append(length)
+                self.lengths, self.tries = [*before, length], sample
 
         return pieces()
 
-    def _prompt(self, story: Story, length: str | None, sample: int) -> Prompt:
+    def _prompt(self, story: Story, before: Sequence[str | None], length: str | None, sample: int) -> Prompt:
         context = self.model.config.get_text_config().max_position_embeddings
         room = context - min(self.sampling.max_new_tokens, context // 2)
         for dropped in range(0, len(story.messages), 2):
             short = dataclasses.replace(story, messages=story.messages[dropped:])
-            prompt = Prompt.of(short, self.tokenizer, length, self.lengths[dropped // 2 :], sample)
+            prompt = Prompt.of(short, self.tokenizer, length, before[dropped // 2 :], sample)
             if len(prompt.ids) <= room:
                 break
         else:

@@ -51,7 +51,7 @@ def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
     index = cached_file(str(path_or_id), INDEX, _raise_exceptions_for_missing_entries=False, **hub)
     promised = {}
     if index is not None:
-        promised = json.loads(Path(index).read_text())["weight_map"]
+        promised = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     files = sorted(set(promised.values())) or [SINGLE]
     stored = {}
     for name in files:

@@ -45,7 +45,9 @@ def load_tokenizer(name: str):
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(Path(package.origin).parent / "data" / "tokenizer.model.v1", Path(folder) / "tokenizer.model")
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<unk>", "legacy": True}))
+        (Path(folder) / "tokenizer_config.json").write_text(
+            json.dumps(settings | {"unk_token": "<unk>", "legacy": True}), encoding="utf-8"
+        )
         return AutoTokenizer.from_pretrained(folder)
 
 

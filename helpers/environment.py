@@ -135,23 +135,34 @@ def run_gib(profile: Profile) -> float:
     from helpers import budget
 
     try:
-        adapters = 4 * budget.of_profile(profile).adapters / 2**30
-    except (StopIteration, AttributeError, KeyError, ValueError):  # no mixture of experts: loading says so, in its own words
+        adapters = 4 * budget.adapter_numbers(profile) / 2**30
+    except (AttributeError, KeyError, ValueError):  # no mixture of experts: loading says so, in its own words
         return SPARE_GIB
     return KEPT_CHECKPOINTS * 3 * adapters + adapters + SPARE_GIB
 
 
 def missing_gib(profile: Profile) -> float | None:
     """How much of the base model is still to be fetched; None if that is not known."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     if Path(profile.base_path).is_dir():
         return 0.0
     whole = DOWNLOAD_GIB.get(profile.base)
-    blobs = Path(HF_HUB_CACHE) / f"models--{profile.base.replace('/', '--')}" / "blobs"
-    there = sum(file.stat().st_size for file in blobs.glob("*")) / 2**30 if blobs.is_dir() else 0.0
+    there = _cached_bytes(profile.base) / 2**30
     missing = None if whole is None else max(0.0, whole - there)
     return 0.0 if missing is not None and missing < 0.05 * whole else missing  # the sizes are rounded
+
+
+def _cached_bytes(repo_id: str) -> int:
+    """What the Hub's cache has of a model, and of files that are still being fetched."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        repos = scan_cache_dir(HF_HUB_CACHE).repos
+    except CacheNotFound:  # nothing was ever fetched
+        return 0
+    whole = sum(repo.size_on_disk for repo in repos if repo.repo_type == "model" and repo.repo_id == repo_id)
+    begun = Path(HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "blobs").glob("*.incomplete")
+    return whole + sum(file.stat().st_size for file in begun)
 
 
 def download_note(profile: Profile) -> str:

@@ -129,11 +129,10 @@ class Conversations:
         deep = with_room([s for s in own if len(s.replies) > DEEP], DEEP, tokenizer, context, room)
         return cls(str(path), fitting[:count], deep[:count], fitting[: 4 * count], tuple(notes))
 
-    @property
-    def digest(self) -> str:
-        """Twelve hex digits that stand for what is asked."""
+    def digest(self, sampling: Sampling) -> str:
+        """Twelve hex digits that stand for what is asked, and with which settings."""
         texts = [[s.record() for s in part] for part in (self.first, self.deep)]
-        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([texts, dataclasses.asdict(sampling)], sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
         deep = (
@@ -176,7 +175,9 @@ def evaluate_run(
     say(f"{asked}\n")
     folder = run_dir / "evaluation"
     kept = folder / "replies"
-    _set_aside(folder, asked, stories is not None, say)
+    _set_aside(run_dir, asked, sampling, stories is not None, say)
+
+    files: list[str] = []  # of this evaluation; an earlier one with other settings may have left more
 
     def measure(number: int, label: str, of, samples: int = 1) -> list[LengthTable]:
         """The tables of one model: at the first reply and, if a conversation is long enough, at the fourth."""
@@ -187,7 +188,8 @@ def evaluate_run(
                 name = f"{label}, {where}" if where else label
                 table = measure_length_control(of, tokenizer, part, reply=reply, samples=samples, label=name, **settings)
                 file = f"{number + len(tables)}-{label.split()[0]}"
-                table.save(folder / (f"{file}-{where}.json" if where else f"{file}.json"))
+                files.append(f"{file}-{where}.json" if where else f"{file}.json")
+                table.save(folder / files[-1])
                 say(f"{table}\n")
                 tables.append(table)
         return tables
@@ -225,24 +227,25 @@ def evaluate_run(
     results |= {"temperature 1.0": plain.unasked, "conclusions": [dataclasses.asdict(c) for c in found]}
     results["conversations"] = {"from": asked.source, "first": len(asked.first), "deep": len(asked.deep)}
     results["conversations"]["held out"] = stories is None
+    results["tables"] = sorted(files)
     write_json(run_dir / "behaviour.json", results)
     say(conclusions.render(found))
     return results
 
 
-def _set_aside(folder: Path, asked: Conversations, given: bool, say: Say) -> None:
-    """Tables of other conversations go into a folder of their own: the model card would mix them with the new ones."""
+def _set_aside(run_dir: Path, asked: Conversations, sampling: Sampling, given: bool, say: Say) -> None:
+    """Results of other conversations or settings go into a folder of their own: the model card would mix them with the new."""
+    folder, digest = run_dir / "evaluation", asked.digest(sampling)
     note = folder / "replies" / "conversations.json"
     before = json.loads(note.read_text(encoding="utf-8"))["digest"] if note.exists() else None
     old = sorted(folder.glob("*.json"))
-    if old and before != asked.digest and (before or given):
-        earlier = folder / f"of-conversations-{before or 'before'}"
+    if old and before != digest and (before or given):
+        earlier = folder / f"earlier-{before or 'tables'}"
         earlier.mkdir(exist_ok=True)
-        for path in old:
+        for path in (*old, *run_dir.glob("behaviour.json")):
             path.replace(earlier / path.name)
-        say(f"{len(old)} tables of other conversations were moved into {earlier}\n")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"digest": asked.digest, "from": asked.source})
+        say(f"{len(old)} tables of other conversations or settings were moved into {earlier}\n")
+    write_json(note, {"digest": digest, "from": asked.source})
 
 
 def without_modifier(

@@ -247,7 +247,8 @@ def steady(model: PreTrainedModel) -> Iterator[None]:
 def print_progress(done: int, total: int, seconds_left: float) -> None:
     """A progress function: one line that overwrites itself, with the time left."""
     end = "\n" if done == total else ""
-    print(f"\r{done:>6}/{total} replies, {seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left ", end=end, flush=True)
+    minutes, seconds = divmod(round(seconds_left), 60)
+    print(f"\r{done:>6}/{total} replies, {minutes}:{seconds:02} left ", end=end, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- plumbing

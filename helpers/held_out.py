@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,9 +13,7 @@ from helpers.data import Labelled
 from helpers.lengths import LENGTHS, label_replies, length_class
 from helpers.profiles import ROOT, Profile
 from helpers.stories import load_stories
-from helpers.tokens import IGNORED, Collator, encode_all, packed_row
-
-Measure = Callable[[nn.Module], dict[str, float]]
+from helpers.tokens import IGNORED, Collator, encode_all, packed_row, trained_spans
 
 
 def held_out_stories(profile: Profile, count: int = 24) -> list[Labelled]:
@@ -43,11 +42,12 @@ class HeldOutLoss:
 
     Draws no random numbers and leaves the model in the mode in which it was. A class without a reply is left out. Stories
     beyond the context lose their first turns, as in training; one whose last reply alone is longer is left out (`left_out`
-    says how many), because a context may be chosen shorter than the stories that are measured on. `batches` can be empty.
+    says how many), because a context may be chosen shorter than the stories that are measured on. With none left, {}.
     """
 
     def __init__(self, labelled: Sequence[Labelled], tokenizer, context: int, pad: int, batch_size: int = 4):
         self.batches, self.left_out = [], 0
+        self.replies, self.tokens = Counter(), Counter()  # that are measured on, by class
         samples = sorted(self._samples(labelled, tokenizer, context), key=lambda pair: -len(pair[0]))
         collate = Collator(pad)
         for start in range(0, len(samples), batch_size):
@@ -59,29 +59,30 @@ class HeldOutLoss:
             self.batches.append((batch, kinds))
 
     def _samples(self, labelled, tokenizer, context):
-        """(sample, class number of each token): the trained tokens of a sample come in one stretch a reply."""
+        """(sample, class number of each token)."""
         unfit = {}
         encoded = list(encode_all(labelled, tokenizer, context, unfit=unfit))
         self.left_out = len(unfit)
         fitting = [pair for k, pair in enumerate(labelled) if k not in unfit]
         for sample, names in zip(encoded, reply_classes(fitting), strict=True):
-            trained = [label != IGNORED for label in sample.labels]
-            starts = [i for i, t in enumerate(trained) if t and (i == 0 or not trained[i - 1])]
-            kept = iter(names[len(names) - len(starts) :])  # the first turns may have been dropped
-            classes, current = [], IGNORED
-            for i, t in enumerate(trained):
-                current = LENGTHS.index(next(kept)) if i in set(starts) else current
-                classes.append(current if t else IGNORED)
+            spans, classes = trained_spans(sample.labels), [IGNORED] * len(sample)
+            kept = names[len(names) - len(spans) :]  # the first turns may have been dropped
+            for name, span in zip(kept, spans, strict=True):
+                classes[span.start : span.stop] = [LENGTHS.index(name)] * len(span)
+                self.replies[name] += 1
+                self.tokens[name] += len(span)
             yield sample, classes
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        if not self.batches:
+            return {}
         device = model.get_output_embeddings().weight.device
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        plain = losses.plain_head(model)
         with losses.evaluation_mode(model):
             for batch, kinds in self.batches:
                 inputs = {k: batch[k].to(device) for k in ("input_ids", "position_ids")}
-                hidden, targets = losses.completion_states(model, inputs, batch["labels"].to(device), model)
-                nats = losses.token_losses(hidden, model.get_output_embeddings().weight, targets)
+                nats = losses.completion_token_losses(model, inputs, batch["labels"].to(device), plain)
                 moved = losses.next_tokens(kinds)
                 found.append((nats.cpu(), moved[moved != IGNORED]))
         nats, kinds = (torch.cat(parts) for parts in zip(*found, strict=True))

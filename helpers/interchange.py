@@ -25,7 +25,7 @@ from helpers.prompts import (
     stop_strings_of,
 )
 from helpers.schema import Message, Pair, Story
-from helpers.tokens import IGNORED, Encoded, encode_all, encode_segments, start_ids
+from helpers.tokens import Encoded, encode_all, encode_segments, start_ids, trained_spans
 
 # ------------------------------------------------------------------------------------------------------------- chatting
 
@@ -203,8 +203,7 @@ def _samples(labelled, tokenizer, context: int | None, long: str) -> Iterator[tu
             elif long == "drop":
                 yield story, [pieces[0], *pieces[turns[sample.dropped_turns] :]], sample
             else:  # the parts follow each other, and each ends with a reply: it is over when its last reply is
-                trained = [label != IGNORED for label in sample.labels]
-                replies = sum(now and not before for before, now in zip([False, *trained], trained, strict=False))
+                replies = len(trained_spans(sample.labels))
                 ends = [i + 1 for i, p in enumerate(pieces) if p.kind == "reply" and i >= begin]
                 yield story, [pieces[0], *pieces[begin : ends[replies - 1]]], sample
                 begin = ends[replies - 1]

@@ -33,7 +33,12 @@ BOUNDS = (5, 9, 14, 21, 31, 46, 68, 100, 150)
 # Scripts without spaces between words, and the characters of about one word: Han and Japanese, then Thai, Lao, Tibetan,
 # Burmese and Khmer.
 _UNSPACED = (
-    (re.compile("[\u3005-\u3007\u3041-\u3096\u30a1-\u30fe\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"), 2),
+    (
+        re.compile(
+            "[\u3005-\u3007\u3041-\u3096\u30a1-\u30fa\u30fc-\u30fe\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+        ),
+        2,
+    ),
     (re.compile("[\u0e01-\u0e4e\u0e80-\u0fd4\u1000-\u1049\u1050-\u109d\u1780-\u17d3]+"), 4),
 )
 _WIDE_MARKS = re.compile("[\u3001-\u3003\u3008-\u301f\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")

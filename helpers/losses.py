@@ -2,13 +2,13 @@
 
     loss = Σ_t  logsumexp_v(h_t · W_v) − h_t · W_y(t)          ∂loss/∂h_t = (softmax(h_t Wᵀ) − onehot(y_t)) W
 
-The logits of 4 rows of 10,240 tokens with 32,000 words are 4.9 GiB in fp32, and a naive loss holds several such tensors. Here
-a chunk of tokens goes through the head, gives its share of the loss and at once its gradient, and is dropped: two products a
-chunk, nothing computed twice (the idea of Liger's fused kernel, arXiv 2410.10989, in plain torch for any device). torch's own
-`linear_cross_entropy` (since 2.13) has gradients as good, but adds the loss up in bf16, which is 2 % off for thousands of tokens
-(a test watches it); Liger's needs Triton and replaces forwards.
+The logits of 4 rows of 10,240 tokens with a vocabulary of 32,000 are 4.9 GiB in fp32, and a naive loss holds several such
+tensors. Here a chunk of tokens goes through the head, gives its share of the loss and at once its gradient, and is dropped: two
+products a chunk, nothing computed twice (the idea of Liger's fused kernel, arXiv 2410.10989, in plain torch for any device).
+torch's own `linear_cross_entropy` (since 2.13) has gradients as good, but adds the loss up in bf16, which is 2 % off for
+thousands of tokens (a test watches it); Liger's needs Triton and replaces forwards.
 
-N tokens, H hidden size, V words.
+N tokens, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H), frozen
-    targets: Tensor,  # (N,) word ids
+    targets: Tensor,  # (N,) token ids
     chunk: int | None = None,  # tokens at a time
 ) -> Tensor:
     """Sum (not mean) over tokens of the cross-entropy of `hidden @ weight.T`, in fp32. Differentiable once, in `hidden`.
@@ -122,6 +122,27 @@ def completion_states(model: nn.Module, inputs: dict, labels: Tensor, head: nn.M
         model(**inputs, use_cache=False)
     places = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # once: a GPU has to wait for their number
     return caught[0].flatten(0, 1)[places], targets.flatten()[places]
+
+
+def completion_logits(model: nn.Module, inputs: dict, labels: Tensor):
+    """For a head that is more than a product: (the model's outputs, logits (N', V) in fp32, targets (N',), some of them ignored).
+
+    Built for the places where some row has to predict something.
+    """
+    targets = next_tokens(labels)
+    places = (targets != IGNORED).any(0).nonzero().squeeze(1)
+    outputs = model(**inputs, logits_to_keep=places, use_cache=False)
+    return outputs, outputs.logits.float().flatten(0, 1), targets[:, places].flatten()
+
+
+@torch.no_grad()
+def completion_token_losses(model: nn.Module, inputs: dict, labels: Tensor, plain: bool) -> Tensor:
+    """Cross-entropy of each labelled token of a batch (N,), in nats. `plain`: whether the model's head is (`plain_head`)."""
+    if plain:
+        hidden, targets = completion_states(model, inputs, labels, model)
+        return token_losses(hidden, model.get_output_embeddings().weight, targets)
+    _, logits, targets = completion_logits(model, inputs, labels)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")[targets != IGNORED]
 
 
 @contextmanager

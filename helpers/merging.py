@@ -24,11 +24,12 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from helpers import experts, nf4
 from helpers.qlora import ParamWrapper, plain_name
+from helpers.quantization import as_dtype
 
 INDEX = "model.safetensors.index.json"
 
@@ -96,7 +97,7 @@ def merge_plan(model: PeftModel, dtype: torch.dtype) -> tuple[PreTrainedModel, d
     settings = base.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):
-        plain = type(base)._from_config(type(base.config).from_dict(settings), dtype=dtype)
+        plain = AutoModelForCausalLM.from_config(type(base.config).from_dict(settings), dtype=dtype)
     sources = {}
     for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         if ".lora_" not in name and ".modules_to_save." not in name:
@@ -155,7 +156,7 @@ def merge(model: PeftModel, dtype: torch.dtype | str = torch.bfloat16) -> PreTra
     Raises ValueError, before anything is computed, for what cannot be merged: other adapters than LoRA on linear layers and
     parameters, disabled ones, and those that PEFT has merged already.
     """
-    plain, sources, deltas = merge_plan(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    plain, sources, deltas = merge_plan(model, as_dtype(dtype))
     for name, empty in list(plain.named_parameters()):
         value = merged_value(empty, sources[name], deltas.get(name, []))
         _set(plain, name, nn.Parameter(value, requires_grad=False))
@@ -184,7 +185,7 @@ def save_merged(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: merge into another folder, or delete it first")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = as_dtype(dtype)
     plain, sources, deltas = merge_plan(model, dtype)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

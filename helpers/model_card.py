@@ -26,7 +26,11 @@ TAGS = ["lora", "qlora", "mixture-of-experts", "router-z-loss", "roleplay", "len
 
 
 def evaluations(run_dir: Path) -> list[LengthTable]:
-    return [LengthTable.load(p) for p in sorted((run_dir / "evaluation").glob("*.json"))]
+    """The length tables of a run's last evaluation; of one that does not say which (or is not finished), all that are there."""
+    folder = run_dir / "evaluation"
+    names = _behaviour(run_dir).get("tables")
+    files = sorted(folder.glob("*.json")) if names is None else [folder / name for name in names]
+    return [LengthTable.load(p) for p in files]
 
 
 def write_model_card(
@@ -151,7 +155,8 @@ def render(
         + response_header("{char}", "medium")
         + "\n```\n\nThe chat template in the tokenizer writes it. With `transformers` and `peft` alone:\n\n```python\n"
         + usage(profile.base, sampling=measured_with(tables))
-        + "```",
+        + "```\n\nThe template puts a backslash before lines of a message that imitate `### Input:` or `### Response:`. "
+        "Look-alike characters (as in `＃＃＃ Input:`) and names pass: a server for strangers has to check those itself.",
         "## Message length control\n\nLengths hold on average, not to the word. The classes were defined by words:\n\n"
         "| length | words |\n|---|---|\n" + "\n".join(f"| {n} | {_range(n)} |" for n in LENGTHS),
         *([] if held_out or not tables else [f"Measured on {GIVEN}."]),

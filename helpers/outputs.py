@@ -33,7 +33,7 @@ def value(number: str) -> float:
 
 
 def same(old: str, new: str, tolerance: float = 0.02) -> bool:
-    """Equal words, and numbers that differ by at most `tolerance` of their size, or by one in the last place."""
+    """Equal words, and numbers that differ by at most `tolerance` of their size, or by one in the last place behind a point."""
     if old == new:
         return True
     old_numbers, new_numbers = NUMBER.findall(old), NUMBER.findall(new)

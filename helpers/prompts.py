@@ -9,7 +9,9 @@ generated token carries it.
 Safety: a line of a message that could be read as a block header (`### Input:` in any case, spacing and number of #) gets a
 backslash in front, so that a user's text can never forge a character's turn. `parse_prompt` takes exactly one off again, so a
 line that had backslashes before is not changed either. Headers in look-alike characters, and names that read like a header,
-are refused when a Story is made (helpers/schema.py). The chat template does the same to the messages that it is given.
+are refused when a Story is made (helpers/schema.py). The chat template puts the same backslashes into the messages that it is
+given, but cannot refuse: it lets look-alikes through (Jinja knows no Unicode normalisation), and names as they are. Whoever
+serves strangers checks those first.
 """
 
 from __future__ import annotations

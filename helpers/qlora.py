@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from helpers import experts, nf4
 from helpers.audit import router_modules
+from helpers.files import write_json
 
 DROPOUT_FILE = "training_dropout.json"
 NO_STOCK_MERGE = (
@@ -210,7 +211,7 @@ def _renamed_by_peft(leaf: str, model: nn.Module) -> bool:
 
 def _adapted_by_weight(module: nn.Module, routers: list[nn.Module]) -> bool:
     """Whether a module is a router with a weight of its own; others are, or hold, ordinary linear layers."""
-    own = module._parameters.get("weight")
+    own = dict(module.named_parameters(recurse=False)).get("weight")
     return type(module) is not nn.Linear and own is not None and own.ndim == 2 and any(module is m for m in routers)
 
 
@@ -252,7 +253,7 @@ def load_lora(model: PreTrainedModel, folder: str | Path, trainable: bool = Fals
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
     if trainable and (kept := Path(folder) / DROPOUT_FILE).is_file():
-        config.lora_dropout = json.loads(kept.read_text())["lora_dropout"]
+        config.lora_dropout = json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"]
     peft_model = QLoraModel(model, _use_our_layers(config, model))
     if missing := peft_model.load_adapter(str(folder), "default", is_trainable=trainable).missing_keys:
         warnings.warn(f"{folder} has no values for {len(missing)} tensors of its adapter, as {missing[0]}", stacklevel=2)
@@ -329,5 +330,5 @@ def save_lora(model: PeftModel, folder: str | Path) -> Path:
             model.peft_config[name].lora_dropout = dropout
     for name, dropout in kept.items():
         place = folder if name == "default" else folder / name
-        (place / DROPOUT_FILE).write_text(json.dumps({"lora_dropout": dropout}) + "\n")
+        write_json(place / DROPOUT_FILE, {"lora_dropout": dropout})
     return folder

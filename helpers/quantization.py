@@ -193,8 +193,8 @@ def load_4bit(
     saved = getattr(config, "quantization_config", None)
     saved = saved if saved is None or isinstance(saved, dict) else saved.to_dict()
     stored = checkpoints.read_headers(path_or_id, **hub)
-    made_with = None if saved is None else _as_dtype(saved.get("bnb_4bit_compute_dtype"))
-    dtype = _as_dtype(dtype) or made_with or torch.bfloat16
+    made_with = None if saved is None else as_dtype(saved.get("bnb_4bit_compute_dtype"))
+    dtype = as_dtype(dtype) or made_with or torch.bfloat16
     if saved is None:
         kwargs["quantization_config"] = Nf4MoeConfig(dtype, double_quant)
         checkpoints.check_fits(stored, config)
@@ -209,8 +209,8 @@ def load_4bit(
     return _finish(model, dtype)
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """torch's dtype of a name; None for none and for "auto"."""
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's dtype of a name; None for none and for "auto". ValueError for what is no floating-point dtype."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype in (None, "auto"):
         return None
@@ -265,12 +265,13 @@ def random_4bit(
     On the device "meta" it takes nothing, and has shapes only (`rehearsal`).
     """
     device = torch.device(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = as_dtype(dtype)
     model, quantizer = empty_4bit(config, dtype, double_quant)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     std = getattr(config.get_text_config(), "initializer_range", 0.02)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        saved = set(model.state_dict())
         for name, param in list(model.named_parameters()):
             module, leaf = get_module_from_name(model, name)
             if quantizer.param_needs_quantization(model, name):
@@ -283,7 +284,7 @@ def random_4bit(
             setattr(module, leaf, value)
         for name, buffer in list(model.named_buffers()):
             module, leaf = get_module_from_name(model, name)
-            module.register_buffer(leaf, torch.empty_like(buffer, device=device), leaf not in module._non_persistent_buffers_set)
+            module.register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=name in saved)
         model.init_weights()  # draws the rest, fills the buffers and ties embeddings
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)

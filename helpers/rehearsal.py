@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig
 
-from helpers import budget, fused, losses, qlora, quantization
+from helpers import activation_checkpointing, budget, fused, losses, qlora, quantization
 from helpers.audit import audit
 from helpers.profiles import Profile
 from helpers.router_losses import attach_router_losses
@@ -149,7 +149,10 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Kernels(TorchDispatchMode):
-    """Counts kernels. Unless it knows better, a kernel reads its inputs and writes its outputs."""
+    """Counts kernels. Unless it knows better, a kernel reads its inputs and writes its outputs.
+
+    A matrix product does not read where it writes to, unless it adds to what is there.
+    """
 
     NONE = frozenset({"_unsafe_view", "_reshape_alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"})
     WRITES = frozenset({"bernoulli_", "zero_", "fill_", "zeros_like", "ones_like", "new_zeros", "new_full", "full_like"})
@@ -211,7 +214,9 @@ class _Kernels(TorchDispatchMode):
             return size(args[1]) + (1 + len(made)) * size(made[0])
         if name in ("index_put_", "copy_"):
             return 2 * size(args[2] if name == "index_put_" else args[1])
-        return size(args, kwargs) + size(out)
+        read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        args = args[1:] if name in ("addmm", "addmm_", "baddbmm_") and read.get("beta") == 0 else args
+        return size(args, read) + size(out)
 
 
 def rehearse(
@@ -228,7 +233,7 @@ def rehearse(
     Raises whatever the step raises.
     """
     rows, tokens = micro_batch or profile.micro_batch, context or profile.context
-    dtype = getattr(torch, profile.dtype)
+    dtype = quantization.as_dtype(profile.dtype)
     model = quantization.random_4bit(config or budget.config_of(profile), dtype, device="meta")
     model.set_attn_implementation(ATTENTION)
     parts = {"experts": profile.lora_experts, "router": profile.lora_router}
@@ -238,8 +243,7 @@ def rehearse(
         fused.fuse(model)
     handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
     if profile.gradient_checkpointing:
-        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Autocast(dtype))}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+        activation_checkpointing.enable(model, context_fn=lambda: (nullcontext(), _Autocast(dtype)))
         model.enable_input_require_grads()
     adapters = [p for p in model.parameters() if p.requires_grad]
     for p in adapters:  # those of the first micro-batch

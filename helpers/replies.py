@@ -99,12 +99,16 @@ def fingerprint(model, sampling: Sampling) -> str:
     active = {a for m in layers for a in m.active_adapters} if not off else set()
     settings = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "seed"}  # the seed is in the keys
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(repr([(a, getattr(m, "scaling", {}).get(a)) for m in layers for a in sorted(active)]).encode())
     for name, p in sorted(model.named_parameters(), key=lambda n: n[0]):
         adapter = ".lora_" in name
         if adapter and not any(f".{a}." in name for a in active):
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        flat = p.detach().reshape(-1)
-        flat = flat if adapter else flat[:: max(1, len(flat) // 256)]  # of a base model, 256 numbers a tensor will do
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        packed = getattr(p, "quant_state", None)
+        for tensor in (p,) if packed is None else (p, packed.absmax):
+            flat = tensor.detach().reshape(-1)
+            flat = flat if adapter else flat[:: max(1, len(flat) // 256)]  # of a base model, 256 numbers a tensor will do
+            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -10,9 +10,7 @@ while it was written: it is passed over, and nothing else is lost.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from transformers import TrainerCallback
 
 from helpers.checkpoints import identity
 from helpers.data import Corpus
-from helpers.files import read_json, write_json
+from helpers.files import read_json, sha256, sync, write_json
 from helpers.profiles import Profile
 from helpers.run_log import Log, read_log
 
@@ -116,31 +114,15 @@ def _step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def seal(folder: Path, wanted: dict[str, Any]) -> None:
     """Mark a checkpoint as whole: checksums of its files, after all of them are on the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARK, MARK + ".partial"))
     for file in files:
-        _sync(file)
-    _sync(folder)
-    sums = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
+        sync(file)
+    sync(folder)
+    sums = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(folder / MARK, {"step": _step(folder), "settings": wanted, "files": sums})
-    _sync(folder)
+    sync(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -150,7 +132,7 @@ def damage(folder: Path) -> str | None:
         for name, fact in files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if (folder / name).stat().st_size != fact["bytes"] or _digest(folder / name) != fact["sha256"]:
+            if (folder / name).stat().st_size != fact["bytes"] or sha256(folder / name) != fact["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MARK} cannot be read ({error})"

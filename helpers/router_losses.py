@@ -86,7 +86,7 @@ def load_balancing_loss(
 
 
 class _Attach(torch.autograd.Function):
-    """Identity on `x`; in backward, `loss` receives the gradient `scale` as if it had been added to the total loss."""
+    """Identity on `x`; in backward, `loss` receives the gradient `handle.loss_scale`, as if it were part of the total loss."""
 
     @staticmethod
     def forward(ctx, x, loss, handle):

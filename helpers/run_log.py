@@ -150,7 +150,7 @@ class Log(TrainerCallback):
 
     def _append(self, row: Row) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(

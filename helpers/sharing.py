@@ -20,7 +20,7 @@ from helpers import adapters_convert
 from helpers.audit import audit
 from helpers.environment import host_memory_gib
 from helpers.experiment import finished
-from helpers.files import write_json, write_lines, write_text
+from helpers.files import sha256, write_json, write_lines, write_text
 from helpers.interchange import axolotl_yaml, koboldcpp_adapter, ollama_modelfile, sillytavern_presets
 from helpers.model_card import evaluations, shared_profile, write_model_card
 from helpers.profiles import ROOT
@@ -118,14 +118,9 @@ def checksums(folder: str | Path) -> Path:
     """SHA256SUMS over all files of a folder, in the form that `sha256sum --check` reads."""
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
-    lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    lines = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     write_lines(folder / SUMS, lines)
     return folder / SUMS
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_room_for_merged(model, folder: str | Path, memory: bool = True) -> str | None:
@@ -228,7 +223,7 @@ def push_to_hub(run_dir: str | Path, repo_id: str, send: bool = False, private: 
     for path in chosen:
         if path.suffix != ".safetensors":
             _refuse_paths(path, profile.base)
-    plan = [Sending(named[p], p.stat().st_size, _sha256(p)) for p in chosen]
+    plan = [Sending(named[p], p.stat().st_size, sha256(p)) for p in chosen]
     print(f"{'sending to' if send else 'would send to'} {repo_id} ({'private' if private else 'public'}):")
     for item in plan:
         print(f"  {item.size:>12,} bytes  {item.sha256[:12]}  {item.path}")

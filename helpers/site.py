@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urldefrag
 
 from helpers import repository
+from helpers.files import write_text
 from helpers.profiles import ROOT
 
 NO_ALT = 'alt="No description has been provided for this image"'  # what nbconvert writes
@@ -159,5 +160,5 @@ def build(notebooks: dict[str, object], target: Path) -> Path:
             text = results_page(path) if path.is_dir() else path.read_text(encoding="utf-8")
             node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
         title = "Fine-tuning a Mixture of Experts" + ("" if name == "index.html" else f" · {label}")
-        (target / name).write_text(page(node, source, title), encoding="utf-8")
+        write_text(target / name, page(node, source, title))
     return target / "index.html"

@@ -137,12 +137,13 @@ def _total(seconds: dict[str, dict[str, float]]) -> float:
 def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 3) -> dict[str, Any]:
     """{"seconds": part → {"forward", "backward"}, of the quickest of `repeats` steps; "mib": what is held; "tokens"; "loss"}.
 
-    Includes an optimizer step with a learning rate of 0; leaves weights and hooks as they were, and no gradients.
+    Includes an optimizer step with a learning rate of 0; leaves weights, hooks and mode as they were, and no gradients.
     """
     device = model.get_output_embeddings().weight.device
     batch = {name: value.to(device) for name, value in batch.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    was_training = model.training
     model.train()
     best: dict[str, dict[str, float]] = {}
     for _ in range(repeats):
@@ -159,6 +160,7 @@ def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int 
     with LiveBytes() as peak:
         loss = _step(model, batch, _Clock(None))
     optimizer.zero_grad()
+    model.train(was_training)
     adapters = sum(p.nbytes for p in trained)
     frozen = sum(part.bytes for part in audit(model).parts.values()) - adapters  # of packed weights, scales as well
     bytes_held = {

@@ -14,6 +14,7 @@ import random
 import time
 from pathlib import Path
 
+from helpers.files import sha256, write_json
 from helpers.prompts import format_story
 from helpers.tiny_stories import make_story
 from helpers.tokens import encode
@@ -206,15 +207,13 @@ def ship(folder: Path, model, tokenizer, made_by: str, tokens: int, history: lis
         "history": history,
         "sha256": checksums(folder),
     }
-    (folder / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "provenance.json", facts)
     return facts
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of the weights and the tokenizer."""
-    import hashlib
-
-    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("model.safetensors", "tokenizer.json")}
+    return {n: sha256(folder / n) for n in ("model.safetensors", "tokenizer.json")}
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ IGNORED = -100  # cross-entropy's default ignore_index
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample: `input_ids` and `labels`, both of length T; labels are ids or -100."""
+    """One sample: `input_ids` and `labels`, both of length T; labels are ids or -100. Lists, or arrays (`compact`)."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int] | np.ndarray
+    labels: list[int] | np.ndarray
     dropped_turns: int = 0  # turns left out at the front because the context was too short
 
     def __len__(self) -> int:
@@ -43,6 +43,18 @@ class Encoded:
     def compact(self) -> Encoded:
         """The same sample as int32 arrays: 8 bytes per token instead of some 44."""
         return Encoded(np.asarray(self.input_ids, np.int32), np.asarray(self.labels, np.int32), self.dropped_turns)
+
+
+def trained_spans(labels: Sequence[int]) -> list[range]:
+    """The stretches of tokens that carry loss, one a reply."""
+    spans, start = [], None
+    for i, label in enumerate([*labels, IGNORED]):
+        if label != IGNORED and start is None:
+            start = i
+        elif label == IGNORED and start is not None:
+            spans.append(range(start, i))
+            start = None
+    return spans
 
 
 def start_ids(tokenizer) -> list[int]:

@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from helpers import losses
+from helpers import activation_checkpointing, losses
 from helpers.attention import bounds
 from helpers.profiles import Profile
 from helpers.router_losses import RouterLosses
@@ -44,9 +43,6 @@ class Arguments(TrainingArguments):
 def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> Arguments:
     """The profile as transformers' TrainingArguments: Adam (0.9, 0.999, 1e-8), cosine, warm-up steps."""
     cuda = torch.cuda.is_available()
-    checkpointing: dict[str, Any] = {}
-    if profile.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return Arguments(
         output_dir=str(run_dir),
         per_device_train_batch_size=profile.micro_batch,
@@ -67,7 +63,7 @@ def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> Arguments
         bf16=cuda and profile.dtype == "bfloat16",
         fp16=cuda and profile.dtype == "float16",
         use_cpu=not cuda,
-        **checkpointing,
+        **(activation_checkpointing.arguments() if profile.gradient_checkpointing else {}),
         logging_steps=log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # nothing may hide them; `_Guard` stops
@@ -125,10 +121,7 @@ class CourseTrainer(Trainer):
         if self.fused and not return_outputs:
             loss = losses.completion_loss(model, inputs, labels, self.model)
         else:
-            targets = losses.next_tokens(labels)
-            places = (targets != IGNORED).any(0).nonzero().squeeze(1)  # columns in which some row is trained
-            outputs = model(**inputs, logits_to_keep=places, use_cache=False)
-            logits, targets = outputs.logits.float().flatten(0, 1), targets[:, places].flatten()
+            outputs, logits, targets = losses.completion_logits(model, inputs, labels)
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / torch.as_tensor(items, device=loss.device).clamp_min(1) * self.args.world_size

@@ -20,8 +20,7 @@ from typing import Any
 
 import accelerate
 import torch
-from transformers import AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from helpers import budget, fused, qlora, resume
 from helpers.attention import DOCUMENTS, check_packing, choose_attention
@@ -284,7 +283,10 @@ class _Run:
     def _budgeted(self) -> str:
         """What the budget says to this run, and to the memory that is there."""
         p = self.profile
-        model = budget.of_profile(p)
+        try:
+            model = budget.of_profile(p)
+        except ValueError as error:
+            return str(error)
         options = {"checkpointing": p.gradient_checkpointing, "dropout": p.lora_dropout}
         need = budget.estimate(model, self.micro_batch, p.context, **options).peak / budget.GIB
         gib = gpu_memory_gib() or host_memory_gib()

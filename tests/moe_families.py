@@ -31,6 +31,8 @@ SIZES = dict(
     mamba_d_head=16, mamba_d_state=16, index_head_dim=16,
     index_n_heads=4, index_topk=8, unpadded_vocab_size=128,
 )  # fmt: skip
+# Pictures and sound around a language model that is a type of its own.
+COMPOSITES = {"dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"}
 ATTENTION = ["full_attention", "full_attention"]
 OVERRIDES: dict[str, dict] = {
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0),

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import experts, experts_gpu
-from helpers import losses
+from helpers import activation_checkpointing, losses
 from helpers.profiles import ROOT
 
 
@@ -58,7 +58,7 @@ def test_the_flops_are_those_that_are_run(checkpointing):
     o, device = cpu("--dropout=0"), torch.device("cpu")
     step = experts_gpu.Step(experts_gpu.ours(o, 2, device, torch.float32), device, torch.float32)
     if not checkpointing:
-        step.model.gradient_checkpointing_disable()
+        activation_checkpointing.disable(step.model)
     rows, row = 4, 256
     ids = torch.randint(3, 128, (rows, row), generator=torch.Generator().manual_seed(0))
     with Products() as products:

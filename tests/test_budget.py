@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import budget, losses, qlora
+from helpers import activation_checkpointing, budget, environment, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
 from helpers.audit import audit
 from helpers.profiles import PROFILES, ROOT
 from helpers.quantization import random_4bit
 from helpers.tiny import tiny_config
+from tests.moe_families import COMPOSITES, causal_lms, knows_routers, tiny
 
 SIZES = {  # hidden, layers, intermediate, vocabulary, rows, tokens, rank, dropout
     "small": (128, 4, 128, 2048, 2, 256, 16, 0.0),
@@ -30,7 +31,7 @@ def measured(config, dtype, rows, tokens, rank, dropout, checkpointing, attentio
     model = qlora.add_lora(random_4bit(config, dtype), r=rank, dropout=dropout).train()
     model.get_base_model().set_attn_implementation(attention)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(model)
         model.enable_input_require_grads()
     ids = torch.randint(3, config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(tokens).repeat(rows, 1)
@@ -190,3 +191,29 @@ def test_the_fullest_expert_counts():
     model = budget.describe(tiny_config(2048, 256, 4, 448), "float32", r=16)
     usual, even = (budget.estimate(model, 4, 512, True, 0.0, "cpu", **more).parts["layer"] for more in ({}, {"imbalance": 1.0}))
     assert even < usual
+
+
+@knows_routers
+def test_a_model_with_unequal_layers_is_refused_in_a_sentence_and_its_adapters_are_counted_all_the_same(tmp_path, monkeypatch):
+    """Gemma 4's heads differ by layer, so its configuration does not say what the activations are made of."""
+    config = tiny("gemma4_text")
+    with pytest.raises(ValueError, match="activations of a gemma4_text cannot be counted from its configuration"):
+        budget.describe(config)
+    config.save_pretrained(tmp_path)
+    profile = dataclasses.replace(PROFILES["t4"], base=str(tmp_path))
+    model = qlora.add_lora(random_4bit(config), r=profile.lora_r, router=profile.lora_router)
+    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert budget.adapter_numbers(profile) == wanted
+    assert environment.run_gib(profile) == pytest.approx(environment.SPARE_GIB + 10 * 4 * wanted / 2**30)
+
+
+@pytest.mark.slow
+@knows_routers
+@pytest.mark.parametrize("kind", [kind for kind in causal_lms() if kind not in COMPOSITES])
+def test_every_family_is_counted_or_refused_in_a_sentence(kind):
+    try:
+        found = budget.describe(tiny(kind))
+    except ValueError as error:
+        assert len(str(error)) > 60
+    else:
+        assert budget.estimate(found, 1, 64).peak > found.weights > 0

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers import behaviour, controls, losses, merging, qlora, training
+from helpers import activation_checkpointing, behaviour, controls, losses, merging, qlora, training
 from helpers.attention import DOCUMENTS
 from helpers.data import build_corpus, labelled_stories
 from helpers.evaluation import FIRST, held_out
@@ -74,8 +74,8 @@ def on_gpu(batch):
 @pytest.mark.parametrize("attention", ["sdpa", DOCUMENTS])
 def test_a_training_step(gpu, model, rows, tmp_path, attention):
     model.get_base_model().set_attn_implementation(attention)
-    again = {"use_reentrant": False, "context_fn": gpu.again, "determinism_check": "none"}  # which looks without the imitation
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+    # its check of determinism looks without the imitation
+    activation_checkpointing.enable(model, context_fn=gpu.again, determinism_check="none")
     handle = attach_router_losses(model.train(), 1e-3, 1e-3)
     batch = on_gpu(NumberedCollator(0)(rows))
     loss = trainer_of(model, handle, tmp_path).compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500))

@@ -208,8 +208,9 @@ def test_a_colab_secret_reaches_the_hub_and_is_never_printed(monkeypatch, capsys
     assert not os.environ["HF_TOKEN"]
 
 
-def test_the_disk_is_asked_where_the_run_and_the_model_go(monkeypatch, tmp_path):
-    """Of Mixtral three checkpoints of 5 GiB exist at once, and the adapter."""
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_disk_is_asked_where_the_run_and_the_model_go(monkeypatch, tmp_path, linked):
+    """Of Mixtral three checkpoints of 5 GiB exist at once, and the adapter. `linked`: a cache as where links are allowed."""
     disks = {}
     monkeypatch.setattr(
         environment.shutil, "disk_usage", lambda place: disks.setdefault(str(place), types.SimpleNamespace(free=0))
@@ -220,10 +221,20 @@ def test_the_disk_is_asked_where_the_run_and_the_model_go(monkeypatch, tmp_path)
     check = environment.check_disk(large, tmp_path / "runs" / "mine")
     assert list(disks) == [str(tmp_path)] and not check.ok
     assert "0.0 GiB free" in check.detail and "wanted 104.3 for the run and the base model" in check.detail
-    blobs = tmp_path / "cache" / "models--mistralai--Mixtral-8x7B-v0.1" / "blobs"
-    blobs.mkdir(parents=True)
-    with (blobs / "weights").open("wb") as file:
-        file.truncate(87 * 2**30)  # sparse
+    repo = tmp_path / "cache" / "models--mistralai--Mixtral-8x7B-v0.1"
+    for folder in ("blobs", "refs", "snapshots/abc"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc", encoding="utf-8")
+    begun = repo / "blobs" / "weights.incomplete"
+    with begun.open("wb") as file:
+        file.truncate(40 * 2**30)  # sparse
+    assert environment.missing_gib(large) == pytest.approx(47, abs=1)
+    begun.unlink()
+    shard = repo / "snapshots" / "abc" / "model.safetensors"
+    with (repo / "blobs" / "weights" if linked else shard).open("wb") as file:
+        file.truncate(87 * 2**30)
+    if linked:
+        shard.symlink_to(repo / "blobs" / "weights")
     assert environment.missing_gib(large) == 0
     disks[str(tmp_path)].free = 17.5 * 2**30
     assert environment.check_disk(large, tmp_path / "runs").ok, "the model is there"

@@ -235,6 +235,7 @@ def test_an_interrupted_measurement_continues_where_it_was(tmp_path, tiny_model,
 
 
 def test_replies_of_another_model_or_sampling_are_never_taken(random_mixtral):
+    from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM
 
     from helpers.qlora import add_lora
@@ -251,7 +252,20 @@ def test_replies_of_another_model_or_sampling_are_never_taken(random_mixtral):
     assert adapted != plain and fingerprint(model, Sampling()) == adapted
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[-1] = 1e-3
-    assert fingerprint(model, Sampling()) != adapted
+    changed = fingerprint(model, Sampling())
+    assert changed != adapted
+    next(m for m in model.modules() if isinstance(m, LoraLayer)).scaling["default"] *= 8
+    assert fingerprint(model, Sampling()) != changed, "the same factors, weighed otherwise"
+
+
+def test_a_4bit_base_with_other_scales_is_another_model(random_mixtral):
+    from helpers.quantization import load_4bit
+    from helpers.replies import fingerprint
+
+    model = load_4bit(random_mixtral)
+    before = fingerprint(model, Sampling())
+    model.model.layers[0].mlp.experts.down_proj.quant_state.absmax.add_(1)
+    assert fingerprint(model, Sampling()) != before
 
 
 def test_natural_lengths_are_compared_conversation_by_conversation():

@@ -15,6 +15,7 @@ from helpers import experiment, training
 from helpers.evaluation import CONDITIONS, LengthTable, Size, held_out
 from helpers.files import write_json
 from helpers.generation import Sampling
+from helpers.model_card import evaluations
 from helpers.profiles import PROFILES
 from helpers.stories import load_stories, save_stories
 
@@ -155,9 +156,15 @@ def test_conversations_of_ones_own_are_measured_and_named(small_run, tmp_path):
     assert "too few conversations" in said[-1]
     said.clear()
     experiment.evaluate_run(folder, size, SHORT, say=said.append, stories=mine)
-    assert any("3 tables of other conversations were moved" in text for text in said)
-    (earlier,) = (folder / "evaluation").glob("of-conversations-*")
-    assert sorted(p.stem for p in earlier.iterdir()) == names, "nothing is lost"
+    assert any("3 tables of other conversations or settings were moved" in text for text in said)
+    (earlier,) = (folder / "evaluation").glob("earlier-*")
+    assert sorted(p.stem for p in earlier.iterdir()) == [*names, "behaviour"], "nothing is lost"
+    table = folder / "evaluation" / "7-shuffled.json"
+    shutil.copy(folder / "evaluation" / "1-adapter.json", table)  # a control of some time ago
+    assert len(evaluations(folder)) == 6, "the card has what was measured last"
+    warmer = dataclasses.replace(SHORT, temperature=1.0)
+    experiment.evaluate_run(folder, size, warmer, say=said.append, stories=mine)
+    assert "7 tables of other" in "".join(said) and not table.exists(), "other settings are other results"
     with pytest.raises(ValueError, match="none of 3 conversations leaves room for a reply of 9999 tokens"):
         experiment.evaluate_run(folder, size, Sampling(max_new_tokens=9999), stories=mine, say=lambda text: None)
 

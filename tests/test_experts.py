@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from helpers import expert_pass, experts, nf4
+from helpers import activation_checkpointing, expert_pass, experts, nf4
 from helpers.quantization import load_4bit
 
 E, H, I, R = 4, 64, 128, 3  # noqa: E741
@@ -443,7 +443,7 @@ def test_an_index_that_names_no_expert_adds_nothing():
 def test_recomputation_ends_before_the_down_projection(random_mixtral, monkeypatch):
     """With checkpointing: of gate and up twice forward and once backward, of down once each."""
     model = load_4bit(random_mixtral, dtype="float32").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    activation_checkpointing.enable(model)
     model.enable_input_require_grads()
     passes = []
     original = nf4.Unpacker.over

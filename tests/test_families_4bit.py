@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from helpers import experts, nf4, qlora
 from helpers.audit import audit
 from helpers.quantization import load_4bit, random_4bit
-from tests.moe_families import causal_lms, dispatched, experts_module, knows_routers, tiny
+from tests.moe_families import COMPOSITES, causal_lms, dispatched, experts_module, knows_routers, tiny
 
 # Which families have a recordable router, and how their classes look, differs from version to version.
 pytestmark = knows_routers
@@ -34,8 +34,6 @@ REFUSED = {
     "MuseSparkExperts": "end in a norm",
 }
 REFUSED_MODELS = {"aria_text": "stored transposed", "gpt_oss": "stored transposed", "nemotron_h": "no gate projection"}
-# Pictures and sound around a language model that is tested as a type of its own.
-COMPOSITES = {"dots3_note", "gemma4", "qwen3_5_moe", "qwen4_exp"}
 MODELS = [kind for kind in causal_lms() if kind not in COMPOSITES]
 E, H, I, R = 4, 64, 64, 3  # noqa: E741
 

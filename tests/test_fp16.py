@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import losses, training
+from helpers import activation_checkpointing, losses, training
 from helpers.data import build_corpus
 from helpers.profiles import PROFILES
 from helpers.router_losses import attach_router_losses
@@ -27,7 +27,7 @@ def batch(tokenizer):
 def gradients(batch, dtype: str, cross_entropy: float, router: float, scale: float = 65536.0):
     """What one micro-batch adds to the gradient of every adapter, unscaled, before the optimizer sees it."""
     model = training.prepare_model(dataclasses.replace(TINY, dtype=dtype)).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    activation_checkpointing.enable(model)
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name:  # at 0, nothing would reach A

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import experts_gpu
-from helpers import budget, expert_pass, experts, fused, losses, qlora
+from helpers import activation_checkpointing, budget, expert_pass, experts, fused, losses, qlora
 from helpers.__main__ import main
 from helpers.attention import DOCUMENTS
 from helpers.nf4 import Unpacker, dequantize_stack, quantize_stack
@@ -480,7 +480,7 @@ def test_compiled_norms_and_attention_change_nothing():
         model = random_4bit(config, "float32", seed=0)
         model.set_attn_implementation(DOCUMENTS)
         model = qlora.add_lora(model, r=4, alpha=16, dropout=0.0).to(HERE).train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(model)
         model.enable_input_require_grads()
         with torch.no_grad():
             for p in model.parameters():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import budget, fused, nf4, qlora, training
+from helpers import activation_checkpointing, budget, fused, nf4, qlora, training
 from helpers.audit import audit
 from helpers.generation import Prompt, Sampling, generate_replies
 from helpers.profiles import PROFILES
@@ -132,7 +132,7 @@ def test_a_rehearsal_counts_what_the_gpu_allocates():
     config = tiny_config(4096, 1024, 4, 2048)
     profile = dataclasses.replace(PROFILES["a100-80"], lora_r=16)
     model = qlora.add_lora(random_4bit(config, "bfloat16", device="cuda"), r=16, alpha=16, dropout=0.05).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    activation_checkpointing.enable(model)
     model.enable_input_require_grads()
     ids = torch.randint(3, 4096, (2, 2048), device="cuda")
 

@@ -13,6 +13,7 @@ from helpers.profiles import PROFILES
 from helpers.stories import Message, Story
 from helpers.tokens import encode
 from tests import small_runs
+from tests.moe_families import tiny
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,24 @@ def test_every_held_out_reply_has_the_modifier_of_its_class(name):
 def test_held_out_stories_are_not_those_of_the_experiment():
     measured = {s.source for s in held_out(PROFILES["tiny"], 40)} | {s.source for s in held_out(PROFILES["tiny"], 40, reply=3)}
     assert not measured & {s.source for s, _ in held_out_stories(PROFILES["tiny"])}
+
+
+def test_a_head_that_is_more_than_a_product_gives_its_own_loss(tokenizer):
+    """Granite divides its logits: against the loss that transformers computes from labels."""
+    config = tiny("granitemoe")
+    config.vocab_size, config.logits_scaling, config.max_position_embeddings = len(tokenizer), 8.0, 2048
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)
+    ((story, lengths),) = held_out_stories(PROFILES["tiny"], 1)
+    sample = encode(story, tokenizer, lengths)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels])).loss.item()
+    assert HeldOutLoss([(story, lengths)], tokenizer, 2048, pad=0)(model)["all"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_a_story_that_fits_there_is_no_loss(base, tokenizer):
+    (labelled,) = held_out_stories(PROFILES["tiny"], 1)
+    measure = HeldOutLoss([labelled], tokenizer, context=8, pad=0)
+    assert measure.left_out == 1 and measure(AutoModelForCausalLM.from_pretrained(base)) == {}

@@ -103,6 +103,7 @@ def test_axolotl_config_is_the_cards_recipe():
 # -------------------------------------------------------------------------------------------------------------- TRL
 
 
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # TRL's own
 @pytest.mark.parametrize("setting", [False, True])
 @pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
 def test_trl_tokenises_the_rows_as_we_do(kind, setting, tmp_path):

@@ -82,6 +82,7 @@ def test_word_range_agrees_with_length_class(words, space):
         ("안녕하세요 저는 보입니다", 3),
         ("Он пошёл домой — да", 5),
         ("Hello！ You", 2),
+        ("アイ・ウエ", 2),  # a dot between words is none itself
     ],
 )
 def test_words_are_counted_where_nothing_is_put_between_them(text, words):

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from helpers import experts, merging, nf4, qlora
+from helpers import activation_checkpointing, experts, merging, nf4, qlora
 from helpers.audit import audit, router_recorders
 from helpers.quantization import load_4bit, random_4bit, save_4bit
 from helpers.router_losses import attach_router_losses
@@ -114,7 +114,7 @@ def test_gradient_checkpointing_changes_nothing(random_mixtral):
     for reentrant in (None, False, True):
         model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=4, dropout=0.3)).train()
         if reentrant is not None:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            activation_checkpointing.enable(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         torch.manual_seed(3)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
@@ -309,7 +309,7 @@ def test_router_losses_reach_the_adapter_of_a_router_in_bf16(random_mixtral, ree
     for dtype in ("float32", "bfloat16"):
         model = randomise(qlora.add_lora(load_4bit(random_mixtral, dtype=dtype), r=4, dropout=0.0), 3).train()
         if reentrant is not None:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            activation_checkpointing.enable(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         handle = attach_router_losses(model, z_coef=1.0)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):

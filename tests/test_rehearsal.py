@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers import budget, expert_pass, nf4, qlora
+from helpers import activation_checkpointing, budget, expert_pass, nf4, qlora
 from helpers.__main__ import main
 from helpers.audit import audit
 from helpers.profiles import PROFILES
@@ -68,7 +68,7 @@ def test_it_counts_what_a_real_step_on_a_cpu_takes(checkpointing):
     model = qlora.add_lora(random_4bit(config, "float32"), profile.lora_r, profile.lora_alpha, 0.05).train()
     attach_router_losses(model, 1e-3, 1e-3)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(model)
         model.enable_input_require_grads()
     ids = torch.randint(3, 2048, (rows, tokens))
 
@@ -132,11 +132,15 @@ def test_what_a_kernel_moves():
     """Against counting by hand, on 16-bit tensors of 1000 x 64, beside adapters of rank 32."""
     x, index = torch.empty(1000, 64, dtype=torch.bfloat16, device="meta"), torch.empty(10, dtype=torch.long, device="meta")
     factor = torch.empty(64, 32, dtype=torch.bfloat16, device="meta")
+    thin = torch.empty(1000, 32, dtype=torch.bfloat16, device="meta")
     cases = [
         (lambda: x + x, ("the rest", 0, 3 * 128_000 - 128_000)),  # the same tensor twice is read once
         (lambda: x.mul_(2), ("the rest", 0, 2 * 128_000)),
         (lambda: x @ x.T, ("matrix products", 2 * 1000 * 1000 * 64, 128_000 * 2 + 2 * 1_000_000)),
         (lambda: x @ factor, ("thin products", 2 * 1000 * 64 * 32, 128_000 + 4096 + 64_000)),
+        (lambda: torch.mm(x, factor, out=thin), ("thin products", 2 * 1000 * 64 * 32, 128_000 + 4096 + 64_000)),
+        (lambda: thin.addmm_(x, factor, beta=0), ("thin products", 2 * 1000 * 64 * 32, 128_000 + 4096 + 64_000)),
+        (lambda: thin.addmm_(x, factor), ("thin products", 2 * 1000 * 64 * 32, 128_000 + 4096 + 2 * 64_000)),
         (lambda: x.unsqueeze(1) @ x.unsqueeze(2), ("the rest", 2 * 64_000, 2 * 128_000 + 2000)),  # sums of products by row
         (lambda: x[index], ("the rest", 0, 2 * 10 * 128)),  # of a table, what is taken out
         (lambda: torch.zeros_like(x), ("the rest", 0, 128_000)),

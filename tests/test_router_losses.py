@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeConfig, 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from helpers import activation_checkpointing
 from helpers.audit import router_modules
 from helpers.router_losses import (
     _Routing,
@@ -319,7 +320,7 @@ def test_gradients_and_metrics_with_any_checkpointing(checkpointing):
     model = small()
     expected, z, balance = reference(model)
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        activation_checkpointing.enable(model, use_reentrant=checkpointing)
         model.enable_input_require_grads()
     handle = attach_router_losses(model, Z, B)
     found = gradients(model, model(**BATCH, use_cache=False).loss)
@@ -342,7 +343,7 @@ def test_the_losses_matter_in_these_tests(mixtral):
 def test_recorded_logits_have_no_gradient_under_reentrant_checkpointing():
     """The trap itself. If this fails, transformers has mended it, and the notebook's text must change."""
     model = small()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    activation_checkpointing.enable(model, use_reentrant=True)
     model.enable_input_require_grads()
     out = model(**BATCH, output_router_logits=True, use_cache=False)
     assert not any(x.requires_grad for x in out.router_logits)
@@ -446,7 +447,7 @@ def test_a_gradient_that_ends_in_a_frozen_model_is_found(trained, checkpointing)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(trained))
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        activation_checkpointing.enable(model, use_reentrant=checkpointing)
     model.enable_input_require_grads()
     handle = attach_router_losses(model, Z)
     model(**BATCH, use_cache=False).loss.backward()
@@ -459,7 +460,7 @@ def test_reentrant_checkpointing_without_input_gradients_is_found():
     """The trap of LoRA under reentrant checkpointing: torch only warns, and nothing is trained."""
     model = small()
     model.model.embed_tokens.requires_grad_(False)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    activation_checkpointing.enable(model, use_reentrant=True)
     model.disable_input_require_grads()  # newer transformers switch them on by themselves, other trainers' wrappers do not
     handle = attach_router_losses(model, Z)
     with warnings.catch_warnings():
@@ -498,7 +499,7 @@ def test_passes_without_gradient_neither_count_nor_disturb():
     """Sampling, evaluation or a reference model's pass between a checkpointed forward pass and its backward pass."""
     model = small()
     expected, z, _ = reference(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    activation_checkpointing.enable(model, use_reentrant=True)
     model.enable_input_require_grads()
     handle = attach_router_losses(model, Z, B)
     loss = model(**BATCH, use_cache=False).loss
@@ -554,7 +555,7 @@ def test_several_passes_before_one_backward_keep_their_own_tokens(kind, checkpoi
     model = small()
     expected = one_after_the_other(model, TWO_PASSES[kind])
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        activation_checkpointing.enable(model)
         model.enable_input_require_grads()
     found = gradients(model, together(model, TWO_PASSES[kind]))
     assert_same({n: found[n] for n in expected}, expected)
@@ -567,7 +568,7 @@ def test_reentrant_checkpointing_of_several_passes_is_refused(kind):
     """There the whole graph of a layer is made again in backward, and nothing says in which pass it was."""
     model = small()
     expected = one_after_the_other(model, TWO_PASSES[kind][:1])
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    activation_checkpointing.enable(model, use_reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match=r"several forward passes before one backward.*use_reentrant=False"):
         together(model, TWO_PASSES[kind]).backward()
@@ -698,6 +699,7 @@ class Catch(TrainerCallback):
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")  # TRL's own
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_under_trls_sft_trainer(accumulation, tmp_path, tokenizer):
     """TRL goes around the model's forward. Its step with the losses, minus its step without, is the losses' gradient."""
@@ -915,7 +917,7 @@ def adapted(router: str, checkpointing: bool | None = None) -> nn.Module:
             if "lora_" in name:
                 p.normal_(std=0.05)
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        activation_checkpointing.enable(model, use_reentrant=checkpointing)
         model.enable_input_require_grads()
     return model
 
@@ -998,7 +1000,7 @@ def test_steps_with_reentrant_checkpointing_follow_each_other():
     model = small()
     batches = [BATCH, {**BATCH, "attention_mask": MASK.flip(0)}]
     expected = [reference(model, mask=b["attention_mask"], **b)[0] for b in batches]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    activation_checkpointing.enable(model, use_reentrant=True)
     model.enable_input_require_grads()
     handle = attach_router_losses(model, Z, B)
     for batch, wanted in zip(batches, expected, strict=True):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import step_profile, training
+from helpers import activation_checkpointing, step_profile, training
 from helpers.data import build_corpus
 from helpers.tokens import Collator
 from tests import small_runs
@@ -28,7 +28,7 @@ def prepared(base, checkpointing: bool | None):
     """None: no checkpointing; else whether it is the reentrant kind."""
     model = training.prepare_model(small_profile(base, gradient_checkpointing=checkpointing is not None))
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        activation_checkpointing.enable(model, use_reentrant=checkpointing)
     return model
 
 

@@ -23,6 +23,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,46 +41,78 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Naming(NamedTuple):
-    """How a family's checkpoints called one expert's layers before they were stacked."""
+    """How a family's checkpoints called the layers of a MoE block before its experts were stacked."""
 
     block: str  # the MoE block; `mlp` in transformers 5
     gate: str
     up: str
     down: str
+    router_now: str = "gate"  # in transformers 5; in the checkpoints of all of these it is `gate`
 
 
+_MIXTRAL = Naming("block_sparse_moe", "w1", "w3", "w2")
+_QWEN = Naming("mlp", "gate_proj", "up_proj", "down_proj")
+# By transformers' model types. Others have further names of their own (Laguna's shared experts, HY's routers, Jamba's blocks).
 NAMINGS = {
-    "mixtral": Naming("block_sparse_moe", "w1", "w3", "w2"),  # Mixtral, MiniMax
-    "qwen": Naming("mlp", "gate_proj", "up_proj", "down_proj"),  # OLMoE, Qwen2/3-MoE, DeepSeek, GLM-4-MoE, ...
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
+    "phimoe": _MIXTRAL._replace(router_now="router"),
+    **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"), _QWEN),
 }
 Pair = tuple[Tensor, Tensor]  # A (r, in), B (out, r) of one expert's layer
-BLOCK, ROUTER = "mlp", "gate"  # the MoE block and its router in transformers 5; the router was a linear layer in 4
+Scaling = tuple[int, float]  # rank and alpha
+BLOCK, ROUTER = "mlp", "gate"  # the MoE block in transformers 5, and the router in 4, a linear layer
+PREFIX = "base_model.model."
 _STACKED = re.compile(rf"(.*\.)({BLOCK})\.experts\.(base_layer\.)?lora_([AB])\.weight")
 _SINGLE = re.compile(r"(.*\.)(\w+)\.experts\.(\d+)\.(\w+)\.lora_([AB])\.weight")
 
 
-def to_per_expert(folder: str | Path, out: str | Path, naming: str = "mixtral") -> Path:
+def naming(kind: str) -> Naming:
+    """Of a model type; ValueError for one whose names are not known here."""
+    if kind not in NAMINGS:
+        raise ValueError(
+            f"how a {kind}'s experts were called before they were stacked is not known here, but of: {', '.join(NAMINGS)}"
+        )
+    return NAMINGS[kind]
+
+
+def is_per_expert(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an adapter in the naming of transformers 4."""
+    return any(_SINGLE.fullmatch(name) for name in names)
+
+
+def to_per_expert(folder: str | Path, out: str | Path, kind: str) -> Path:
     """Write a saved adapter (`qlora.save_lora`, stock PEFT) in the naming of transformers 4; returns `out`.
 
-    `naming` is one of `NAMINGS`. The product B·A of every expert is the same, bit for bit. For families whose MoE block is called
-    `mlp` in transformers 5. The training dropout stays beside the files (see `qlora.save_lora`). Raises ValueError for an adapter
-    without expert stacks there.
+    `kind` is the model type, one of `NAMINGS`. The product B·A of every expert is the same, bit for bit, and so is its scaling.
+    The training dropout stays beside the files (see `qlora.save_lora`). Raises ValueError for an adapter without expert stacks.
     """
-    names, config = NAMINGS[naming], _config(folder)
-    tensors, stacks = {}, defaultdict(dict)
+    names, config = naming(kind), _config(folder)
+    tensors, stacks, scalings = {}, defaultdict(dict), {}
     for key, value in load_file(Path(folder) / WEIGHTS).items():
         if match := _STACKED.fullmatch(key):
             stacks[match[1], "gate_up_proj" if match[3] else "down_proj"][match[4]] = value
-        else:
-            tensors[key.replace(f".{BLOCK}.", f".{names.block}.") if ".experts." not in key else key] = value
+            continue
+        new = key.replace(f".{BLOCK}.", f".{names.block}.") if ".experts." not in key else key
+        new = new.replace(f".{names.block}.{names.router_now}.lora_", f".{names.block}.{ROUTER}.lora_")
+        tensors[new] = value
+        if ".lora_A." in key:
+            scalings[_layer(new)] = _scaling(config, _target(config, _layer(key)))
     if not stacks:
-        raise ValueError(f"{folder} holds no adapter on expert stacks: nothing to convert")
+        other = any(".experts." in key and ".lora_" in key for key in tensors)
+        what = f"its expert stacks are not in a block called {BLOCK}" if other else "it holds no adapter on expert stacks"
+        raise ValueError(f"{folder}: {what}, so there is nothing to convert")
     targets = {t.rpartition(".")[2] for t in config.target_parameters or ()}
     if "gate_up_proj" in targets and "down_proj" not in targets:  # the only wrapper, so also the outer one
         stacks = {(prefix, "gate_up_proj"): pair for (prefix, _), pair in stacks.items()}
-    split = {key: _unstack(pair, _rank(config, key[1])) for key, pair in stacks.items()}
+    known = {key: _scaling(config, f"{key[0]}{BLOCK}.experts.{key[1]}".removeprefix(PREFIX)) for key in stacks}
+    split = {key: _unstack(pair, known[key][0]) for key, pair in stacks.items()}
+    if len(counts := {len(experts) for experts in split.values()}) > 1:
+        raise ValueError(f"{folder}: by their ranks its stacks have {sorted(counts)} experts; is its rank_pattern right?")
     halves = all(_is_block_diagonal(b) for (_, stack), pairs in split.items() if stack == "gate_up_proj" for _, b in pairs)
     for (prefix, stack), experts in split.items():
+        scaling = known[prefix, stack]
+        if halves and stack == "gate_up_proj":
+            scaling = _with_rank(config, scaling, scaling[0] // 2)
         for e, (a, b) in enumerate(experts):
             layers = {names.down: (a, b)}
             if stack == "gate_up_proj":
@@ -88,23 +121,25 @@ def to_per_expert(folder: str | Path, out: str | Path, naming: str = "mixtral") 
                 up = (a[r:], b[inner:, r:]) if halves else (a, b[inner:])
                 layers = {names.gate: gate, names.up: up}
             for layer, pair in layers.items():
-                _put(tensors, f"{prefix}{names.block}.experts.{e}.{layer}", pair)
+                name = f"{prefix}{names.block}.experts.{e}.{layer}"
+                _put(tensors, name, pair)
+                scalings[name.removeprefix(PREFIX)] = scaling
     adapted = {stack for _, stack in split}
     modules = {*(config.target_modules or ()), *([names.down] if "down_proj" in adapted else [])}
     modules |= {names.gate, names.up} if "gate_up_proj" in adapted else set()
-    modules |= {ROUTER} if _has_router(tensors, names.block) else set()
-    modules |= {target.removesuffix(".weight").rpartition(".")[2] for target in _linear_parameters(config)}
+    modules |= {ROUTER} if _has_router(tensors, names.block, ROUTER) else set()
+    modules |= {target.removesuffix(".weight").rpartition(".")[2] for target in _linear_parameters(config, names.router_now)}
     config.target_modules, config.target_parameters = sorted(modules), None
-    _move_rank(config, ["gate_up_proj"], [names.gate, names.up], 0.5 if halves else 1)
-    _move_rank(config, ["down_proj"], [names.down], 1)
+    _set_patterns(config, scalings)
     return _write(config, tensors, out, _dropout(folder, config))
 
 
-def from_per_expert(folder: str | Path, out: str | Path) -> Path:
-    """Write an adapter in the naming of transformers 4 (any of `NAMINGS`) as stock PEFT has it on transformers 5.
+def from_per_expert(folder: str | Path, out: str | Path, kind: str | None = None) -> Path:
+    """Write an adapter in the naming of transformers 4 as stock PEFT has it on transformers 5.
 
-    Exact: see the module's text. The training dropout is kept beside the files, for `qlora.load_lora(..., trainable=True)`.
-    Raises ValueError if experts are missing, or gate without up.
+    `kind`: the model type, one of `NAMINGS`; it is only needed where a router has another name now (PhiMoE's). Exact: see the
+    module's text. The training dropout is kept beside the files, for `qlora.load_lora(..., trainable=True)`. Raises ValueError
+    if experts are missing, gate without up, or if what becomes one stack has several ranks or alphas.
     """
     config = _config(folder)
     tensors, found = {}, defaultdict(dict)
@@ -114,24 +149,53 @@ def from_per_expert(folder: str | Path, out: str | Path) -> Path:
             found[prefix, layer].setdefault(int(expert), {})[factor] = value
         else:
             tensors[key] = value
-    names = next((n for n in NAMINGS.values() if {layer for _, layer in found} <= {n.gate, n.up, n.down}), None)
+    candidates = (_MIXTRAL, _QWEN) if kind is None else (naming(kind),)
+    names = next((n for n in candidates if {layer for _, layer in found} <= {n.gate, n.up, n.down}), None)
     if not found or names is None:
         raise ValueError(f"{folder} holds no adapter on single experts in a known naming ({', '.join(NAMINGS)})")
-    tensors = {key.replace(f".{names.block}.", f".{BLOCK}."): value for key, value in tensors.items()}
     count = 1 + max(e for experts in found.values() for e in experts)
     layers: dict[tuple[str, str], list[Pair]] = {}
+    of_stack: dict[str, set[Scaling]] = defaultdict(set)  # by the name of the stack
     for (prefix, layer), experts in found.items():
         if lacking := [e for e in range(count) if set(experts.get(e, ())) != {"A", "B"}]:
             raise ValueError(f"{folder}: {prefix}{names.block}.experts has no {layer} adapter for experts {lacking}")
         layers[prefix, layer] = [(experts[e]["A"], experts[e]["B"]) for e in range(count)]
-        if odd := {a.shape[0] for a, _ in layers[prefix, layer]} - {_rank(config, layer)}:
-            raise ValueError(f"{folder}: {layer} has rank {sorted(odd)}, its configuration says {_rank(config, layer)}")
+        stack = f"{prefix}{BLOCK}.experts.{'down_proj' if layer == names.down else 'gate_up_proj'}".removeprefix(PREFIX)
+        for e, (a, _) in enumerate(layers[prefix, layer]):
+            scaling = _scaling(config, f"{prefix}{names.block}.experts.{e}.{layer}".removeprefix(PREFIX))
+            if a.shape[0] != scaling[0]:
+                raise ValueError(f"{folder}: {layer} has rank {a.shape[0]}, its configuration says {scaling[0]}")
+            of_stack[stack].add(scaling)
+    for stack, several in of_stack.items():
+        if len(several) > 1:
+            texts = ", ".join(f"rank {rank} and alpha {alpha}" for rank, alpha in sorted(several))
+            raise ValueError(f"{folder}: the experts that become {stack} have different scalings ({texts}); a stack has one")
     prefixes = sorted({prefix for prefix, layer in layers if layer in (names.gate, names.up)})
     if any((prefix, layer) not in layers for prefix in prefixes for layer in (names.gate, names.up)):
         raise ValueError(f"{folder}: gate and up are one matrix in transformers 5, so both need an adapter or neither")
     pairs = {prefix: list(zip(layers[prefix, names.gate], layers[prefix, names.up], strict=True)) for prefix in prefixes}
     shared = all(torch.equal(gate[0], up[0]) for experts in pairs.values() for gate, up in experts)
+    scalings = {stack: next(iter(one)) for stack, one in of_stack.items()}
+    if not shared:
+        for stack in (s for s in scalings if s.endswith("gate_up_proj")):
+            scalings[stack] = _with_rank(config, scalings[stack], 2 * scalings[stack][0])
+    renamed = {}
+    for key in tensors:
+        new = key.replace(f".{names.block}.", f".{BLOCK}.")
+        renamed[key] = new.replace(f".{BLOCK}.{ROUTER}.lora_", f".{BLOCK}.{names.router_now}.lora_")
+    old_scalings = {renamed[key]: _scaling(config, _target(config, _layer(key))) for key in tensors if ".lora_A." in key}
+    tensors = {renamed[key]: value for key, value in tensors.items()}
     downs = {prefix: experts for (prefix, layer), experts in layers.items() if layer == names.down}
+    parameters = [f"{BLOCK}.experts.gate_up_proj"] * bool(pairs) + [f"{BLOCK}.experts.down_proj"] * bool(downs)
+    gone = {names.gate, names.up, names.down}
+    router = f"{BLOCK}.{names.router_now}"
+    if _has_router(tensors, BLOCK, names.router_now):
+        parameters.append(f"{router}.weight")
+        gone.add(ROUTER)
+    # adapters left on layers of the same names: shared experts and dense layers (the path begins after the layer's number)
+    modules = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key and ".experts." not in key}
+    others = {m for m in modules if m.rpartition(".")[2] in gone and not m.endswith(f".{router}")}
+    parameters += sorted({re.sub(r"^(.*\.\d+|base_model\.model)\.", "", m) + ".weight" for m in others})
     for prefix, experts in pairs.items():
         if shared:
             joined = [(gate[0], torch.cat([gate[1], up[1]])) for gate, up in experts]
@@ -141,21 +205,12 @@ def from_per_expert(folder: str | Path, out: str | Path) -> Path:
         _put(tensors, f"{prefix}{BLOCK}.experts.{inner}".rstrip("."), _stack(joined))
     for prefix, experts in downs.items():
         _put(tensors, f"{prefix}{BLOCK}.experts", _stack(experts))
-    parameters = [f"{BLOCK}.experts.gate_up_proj"] * bool(pairs) + [f"{BLOCK}.experts.down_proj"] * bool(downs)
-    gone = {names.gate, names.up, names.down}
-    if _has_router(tensors, BLOCK):
-        parameters.append(f"{BLOCK}.{ROUTER}.weight")
-        gone.add(ROUTER)
-    # adapters left on layers of the same names: shared experts and dense layers (the path begins after the layer's number)
-    modules = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key and ".experts." not in key}
-    others = {m for m in modules if m.rpartition(".")[2] in gone and not m.endswith(f".{BLOCK}.{ROUTER}")}
-    parameters += sorted({re.sub(r"^(.*\.\d+|base_model\.model)\.", "", m) + ".weight" for m in others})
+    dropout = _dropout(folder, config)
     config.target_modules = sorted(m for m in config.target_modules or () if m.rpartition(".")[2] not in gone)
     config.target_parameters = parameters
-    _move_rank(config, [names.gate, names.up], ["gate_up_proj"], 1 if shared else 2)
-    _move_rank(config, [names.down], ["down_proj"], 1)
-    dropout = _dropout(folder, config)
     config.lora_dropout = 0.0  # stock PEFT refuses dropout on parameters
+    scalings |= {_target(config, _layer(key)): scaling for key, scaling in old_scalings.items()}
+    _set_patterns(config, scalings)
     return _write(config, tensors, out, dropout)
 
 
@@ -174,29 +229,52 @@ def _dropout(folder: str | Path, config: LoraConfig) -> float:
     return json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"] if kept.is_file() else config.lora_dropout
 
 
-def _linear_parameters(config: LoraConfig) -> list[str]:
+def _linear_parameters(config: LoraConfig, router: str) -> list[str]:
     """Target parameters that are weights of linear layers, and not a router's or an expert stack's."""
-    return [t for t in config.target_parameters or () if t.endswith(".weight") and t.split(".")[-2] != ROUTER]
+    return [t for t in config.target_parameters or () if t.endswith(".weight") and t.split(".")[-2] != router]
 
 
-def _has_router(tensors: dict[str, Tensor], block: str) -> bool:
-    return any(f".{block}.{ROUTER}.lora_" in key for key in tensors)
+def _has_router(tensors: dict[str, Tensor], block: str, router: str) -> bool:
+    return any(f".{block}.{router}.lora_" in key for key in tensors)
 
 
-def _rank(config: LoraConfig, name: str) -> int:
-    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), f"experts.{name}"), config.r)
+def _layer(key: str) -> str:
+    """The adapted layer's name in the base model."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0]
 
 
-def _move_rank(config: LoraConfig, old: list[str], new: list[str], factor: float) -> None:
-    """Carry layers' rank over to their new names, times `factor`, and alpha such that the scaling stays the same."""
-    rank = int(_rank(config, old[0]) * factor)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), f"experts.{old[0]}"), config.lora_alpha)
-    alpha *= factor ** (0.5 if config.use_rslora else 1)  # the scaling is alpha / r, or alpha / √r
-    for pattern, value, usual in ((config.rank_pattern, rank, config.r), (config.alpha_pattern, alpha, config.lora_alpha)):
-        for name in old:
-            pattern.pop(get_pattern_key(list(pattern), f"experts.{name}"), None)
-        if value != usual:
-            pattern.update(dict.fromkeys(new, value))
+def _target(config: LoraConfig, layer: str) -> str:
+    """The name by which PEFT looks up a layer's rank and alpha: its weight's, where that was named as a parameter."""
+    weight = f"{layer}.weight"
+    return weight if any(weight == t or weight.endswith(f".{t}") for t in config.target_parameters or ()) else layer
+
+
+def _scaling(config: LoraConfig, name: str) -> Scaling:
+    """Rank and alpha of a layer by PEFT's own rule."""
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    return rank, alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+
+
+def _with_rank(config: LoraConfig, scaling: Scaling, rank: int) -> Scaling:
+    """Another rank with the alpha that leaves alpha / r as it is, or alpha / √r for rank-stabilised LoRA."""
+    alpha = round(scaling[1] * (rank / scaling[0]) ** (0.5 if config.use_rslora else 1), 9)  # so that √2 · 1/√2 is 1
+    return rank, int(alpha) if alpha == int(alpha) else alpha
+
+
+def _set_patterns(config: LoraConfig, scalings: dict[str, Scaling]) -> None:
+    """Write down what differs from the adapter's own r and alpha: by the last part of the name where that is enough."""
+    by_leaf = defaultdict(set)
+    for name, scaling in scalings.items():
+        by_leaf[name.rpartition(".")[2]].add(scaling)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, (rank, alpha) in sorted(scalings.items()):
+        leaf = name.rpartition(".")[2]
+        pattern = leaf if len(by_leaf[leaf]) == 1 else re.escape(name)
+        if rank != config.r:
+            config.rank_pattern[pattern] = rank
+        if alpha != config.lora_alpha:
+            config.alpha_pattern[pattern] = alpha
 
 
 def _unstack(pair: dict[str, Tensor], r: int) -> list[Pair]:

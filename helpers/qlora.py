@@ -11,18 +11,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 import warnings
 from itertools import chain
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.lora.bnb import Linear4bit as StockLoraLinear4bit
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -32,6 +39,7 @@ from helpers.audit import router_modules
 from helpers.files import write_json
 
 DROPOUT_FILE = "training_dropout.json"
+UNUSED = ".dt_proj"  # Jamba multiplies by its weight, so that an adapter on the plain model would do nothing
 NO_STOCK_MERGE = (
     "PEFT cannot merge into packed weights: use helpers.merging.merge, or merge_4bit. If layers without packed weights came "
     "before this one, they are merged now: load the model again"
@@ -161,8 +169,8 @@ def lora_config(
 ) -> LoraConfig:
     """The card family's LoRA: all linear layers, expert stacks and routers (r 32, alpha 16, dropout 0.05).
 
-    Some layers of some families PEFT cannot adapt (`_renamed_by_peft`): a warning says which are left out, and ValueError is
-    raised if a requested router is among them.
+    Some layers of some families PEFT cannot adapt (`_renamed_by_peft`, `_unreadable`): a warning says which are left out, and
+    ValueError is raised if a requested router is among them.
     """
     head, routers = model.get_output_embeddings(), router_modules(model)
     inside_routers = {id(m) for router_module in routers for m in router_module.modules()}
@@ -171,6 +179,10 @@ def lora_config(
         # Subclasses compute something else than PEFT's layer would. Indexers choose tokens and get no gradient.
         if type(module) in (nn.Linear, Linear4bit) and module is not head and ".indexer." not in name:
             (wanted if (router if id(module) in inside_routers else attention) else unwanted).append(name)
+    if misread := _unreadable(wanted, model) + [name for name in wanted if name.endswith(UNUSED)]:
+        names = ", ".join(misread[:3])
+        warnings.warn(f"{len(misread)} linear layers get no adapter, as stock PEFT would lose it: {names} …", stacklevel=3)
+        wanted, unwanted = [name for name in wanted if name not in misread], unwanted + misread
     leaves = {name.rpartition(".")[2] for name in wanted}
     if lost := {leaf for leaf in leaves if _renamed_by_peft(leaf, model)}:
         gone = {id(model.get_submodule(name)) for name in wanted if name.rpartition(".")[2] in lost}
@@ -194,6 +206,15 @@ def lora_config(
         target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _unreadable(names: list[str], model: nn.Module) -> list[str]:
+    """Linear layers whose adapter PEFT would save, and give another name when it loads it (Laguna's shared experts)."""
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    probe = LoraConfig(target_modules=sorted({name.rpartition(".")[2] for name in names}))
+    empty = {key: torch.empty(1, 1, device="meta") for key in keys}
+    read = convert_peft_adapter_state_dict_for_transformers(model, probe, empty)
+    return [name for key, name in keys.items() if key not in read]
 
 
 def _renamed_by_peft(leaf: str, model: nn.Module) -> bool:
@@ -246,19 +267,57 @@ def add_lora(
 def load_lora(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
     """The model with a saved adapter, from this course or from stock PEFT; `trainable` brings back its training dropout.
 
-    For a second adapter: `load_adapter` of what this returns (without its training dropout). Raises RuntimeError if a part that
-    the adapter's configuration names is not in the model, ValueError for a model that has adapters already.
+    One in the naming of transformers 4 is converted on the way. For a second adapter: `load_adapter` of what this returns
+    (without its training dropout). Raises OSError for files that are missing or damaged, ValueError for what is no LoRA adapter
+    and for a model that has adapters already, RuntimeError if a part of the adapter is not in the model.
     """
+    from helpers import adapters_convert
+
     _has_none_yet(model)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = not trainable
-    if trainable and (kept := Path(folder) / DROPOUT_FILE).is_file():
-        config.lora_dropout = json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"]
-    peft_model = QLoraModel(model, _use_our_layers(config, model))
-    if missing := peft_model.load_adapter(str(folder), "default", is_trainable=trainable).missing_keys:
-        warnings.warn(f"{folder} has no values for {len(missing)} tensors of its adapter, as {missing[0]}", stacklevel=2)
+    with tempfile.TemporaryDirectory() as temporary:
+        place, names = _adapter_files(folder)
+        if adapters_convert.is_per_expert(names):
+            place = adapters_convert.from_per_expert(place, Path(temporary) / "adapter", _text_type(model))
+        config = PeftConfig.from_pretrained(str(place))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"{folder} is an adapter of the kind {config.peft_type.value}; only LoRA can be loaded here")
+        config.inference_mode = not trainable
+        if trainable and (kept := place / DROPOUT_FILE).is_file():
+            config.lora_dropout = json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"]
+        with warnings.catch_warnings():
+            # PEFT looks for what patterns match among modules only, not among parameters
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
+            peft_model = QLoraModel(model, _use_our_layers(config, model))
+            found = peft_model.load_adapter(str(place), "default", is_trainable=trainable)
+    if found.unexpected_keys:
+        count, first = len(found.unexpected_keys), found.unexpected_keys[0]
+        raise RuntimeError(f"{count} tensors of {folder} have no place in this model, as {first}: is it another base's adapter?")
+    if found.missing_keys:
+        first = found.missing_keys[0]
+        warnings.warn(f"{folder} has no values for {len(found.missing_keys)} tensors of its adapter, as {first}", stacklevel=2)
     check_adapters(peft_model, config)
     return peft_model
+
+
+def _text_type(model: nn.Module) -> str:
+    return model.config.get_text_config().model_type
+
+
+def _adapter_files(folder: str | Path) -> tuple[Path, list[str]]:
+    """(the adapter's folder, fetched if it is a Hub id; the names of its tensors)."""
+    place = Path(folder)
+    if not place.is_dir():
+        if place.is_absolute() or str(folder).startswith((".", "~")) or str(folder).count("/") != 1:
+            raise OSError(f"there is no folder {folder}, and a Hub id has the form ORG/NAME")
+        place = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, DROPOUT_FILE]))
+    if missing := [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (place / name).is_file()]:
+        raise OSError(f"{folder} holds no {' and no '.join(missing)}: an adapter needs both")
+    file = place / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(file, "pt") as tensors:
+            return place, list(tensors.keys())
+    except SafetensorError as error:
+        raise OSError(f"{file} is cut off or damaged (safetensors says: {error}): copy or fetch it again") from error
 
 
 def _has_none_yet(model: nn.Module) -> None:

@@ -177,17 +177,17 @@ def merge_run(
 def export_per_expert(run_dir: str | Path, folder: str | Path) -> Path:
     """The adapter in the layout of transformers 4, one LoRA per expert's layer, as vLLM and llama.cpp's converters read it.
 
-    With tokenizer and checksums. FileExistsError if there is such a folder; ValueError for an adapter without experts.
+    With tokenizer and checksums. FileExistsError if there is such a folder; ValueError for an adapter without experts, or on a
+    family whose old names are not known.
     """
     result, profile = finished(run_dir)
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: write the adapter into another folder")
     kind = AutoConfig.from_pretrained(profile.base_path).model_type
-    naming = "mixtral" if kind in ("mixtral", "minimax") else "qwen"
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an interruption
-    adapters_convert.to_per_expert(result.adapter, unfinished, naming)
+    adapters_convert.to_per_expert(result.adapter, unfinished, kind)
     AutoTokenizer.from_pretrained(result.adapter).save_pretrained(unfinished)
     checksums(unfinished)
     unfinished.rename(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def products(model):
 def test_every_expert_keeps_its_own_product(base, tmp_path):
     model = adapter(base, tmp_path / "ours")
     wanted = products(model)
-    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old") / WEIGHTS)
+    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old", "mixtral") / WEIGHTS)
     config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
     scaling = config["lora_alpha"] / config["r"]
     assert not config["rank_pattern"] and config["target_parameters"] is None
@@ -82,7 +84,7 @@ def test_every_expert_keeps_its_own_product(base, tmp_path):
 
 def test_the_way_back_gives_the_same_file(base, tmp_path):
     adapter(base, tmp_path / "ours")
-    to_per_expert(tmp_path / "ours", tmp_path / "old")
+    to_per_expert(tmp_path / "ours", tmp_path / "old", "mixtral")
     from_per_expert(tmp_path / "old", tmp_path / "back")
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -96,7 +98,7 @@ def test_the_way_back_gives_the_same_file(base, tmp_path):
 def test_stock_peft_reads_the_old_naming_as_the_same_adapter(base, tmp_path):
     """PEFT brings a converter of its own for adapters of transformers 4: an independent reader of what is written here."""
     adapter(base, tmp_path / "ours")
-    to_per_expert(tmp_path / "ours", tmp_path / "old")
+    to_per_expert(tmp_path / "ours", tmp_path / "old", "mixtral")
     torch.testing.assert_close(stock_logits(base, tmp_path / "old"), stock_logits(base, tmp_path / "ours"), rtol=1e-4, atol=1e-4)
 
 
@@ -151,7 +153,7 @@ def write_without_dropout(folder):
 def test_an_old_adapter_survives_the_round_trip_bit_for_bit(tmp_path):
     tensors = old_adapter(tmp_path / "old")
     from_per_expert(tmp_path / "old", tmp_path / "new")
-    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back") / WEIGHTS)
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "mixtral") / WEIGHTS)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (R, 8, {}, {})
@@ -178,8 +180,8 @@ def test_an_adapter_on_one_stack_only(base, tmp_path, only):
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05)
     model.save_pretrained(str(tmp_path / "ours"))
-    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old", "qwen") / WEIGHTS)
-    names = NAMINGS["qwen"]
+    tensors = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old", "qwen2_moe") / WEIGHTS)
+    names = NAMINGS["qwen2_moe"]
     layers = {key.split(".")[-3] for key in tensors}
     assert layers == ({names.gate, names.up} if only == "gate_up_proj" else {names.down})
     from_per_expert(tmp_path / "old", tmp_path / "back")
@@ -188,20 +190,160 @@ def test_an_adapter_on_one_stack_only(base, tmp_path, only):
 
 
 def test_the_names_are_those_of_the_librarys_own_conversion():
-    """transformers keeps the old names in its conversion of checkpoints; the tables here must agree with it."""
+    """transformers keeps the old names in its conversion of checkpoints; the table here must agree with it."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    for naming, kinds in {"mixtral": ("mixtral", "minimax"), "qwen": ("qwen2_moe", "olmoe", "qwen3_moe", "glm4_moe")}.items():
-        for kind in kinds:
-            sources, renamed = {}, {}
-            for step in get_checkpoint_conversion_mapping(kind):
-                if hasattr(step, "operations"):
-                    sources[step.target_patterns[0].rpartition(".")[2]] = [p.split(".")[-2] for p in step.source_patterns]
-                else:
-                    renamed[step.target_patterns[0].strip(".")] = step.source_patterns[0].strip(".")
-            names = NAMINGS[naming]
-            assert sources == {"gate_up_proj": [names.gate, names.up], "down_proj": [names.down]}, kind
-            assert renamed.get("mlp", "mlp") == names.block, kind
+    for kind, names in NAMINGS.items():
+        sources, renamed = {}, {}
+        for step in get_checkpoint_conversion_mapping(kind):
+            if hasattr(step, "operations"):
+                sources[step.target_patterns[0].rpartition(".")[2]] = [p.split(".")[-2] for p in step.source_patterns]
+            else:
+                renamed[step.target_patterns[0].strip(".")] = step.source_patterns[0].strip(".")
+        assert sources == {"gate_up_proj": [names.gate, names.up], "down_proj": [names.down]}, kind
+        assert renamed.get("mlp", "mlp") == names.block, kind
+        assert renamed.get(f"{names.router_now}.weight", "gate.weight") == "gate.weight", kind
+
+
+@knows_routers
+@pytest.mark.parametrize("kind", NAMINGS)
+def test_every_name_is_one_of_the_familys_own_checkpoint(tmp_path, kind):
+    """What other software reads is the checkpoint in its original layout, which transformers still writes."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny(kind)).save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # shared experts and dense layers that PEFT cannot adapt
+        model = qlora.add_lora(load_4bit(tmp_path / "base", dtype="float32"), r=R, dropout=0.0).eval()
+    with torch.no_grad():
+        for p in (p for n, p in model.named_parameters() if ".lora_B" in n):
+            p.normal_(std=0.1)
+    qlora.save_lora(model, tmp_path / "ours")
+    file = load_file(to_per_expert(tmp_path / "ours", tmp_path / "old", kind) / WEIGHTS)
+    layers = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file}
+    stored = {key.removesuffix(".weight") for key in load_file(tmp_path / "base" / "model.safetensors")}
+    assert layers <= stored and any(layer.endswith(".gate") for layer in layers) and any(".experts.3." in n for n in layers)
+    again = qlora.load_lora(load_4bit(tmp_path / "base", dtype="float32"), tmp_path / "old").eval()
+    with torch.no_grad():
+        ids = IDS % 128
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# How PEFT finds a layer's rank and alpha: by regular expressions on names, and names are what changes.
+OLD_PATTERNS = [
+    {"w1": 16, "w3": 16},
+    {"gate": 16},
+    {"block_sparse_moe.gate": 16},
+    {r"experts\.\d+\.w2": 64},
+    {r"layers\.0\.block_sparse_moe\.experts\.\d+\.w2": 64},
+    {r"layers\.1\..*": 2},
+]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alphas", OLD_PATTERNS)
+def test_alphas_by_pattern_follow_their_layers(base, tmp_path, alphas, rslora):
+    """Against W + s·B·A in float64, with s by PEFT's rule on the old names; through the file, and loaded directly."""
+    tensors = old_adapter(tmp_path / "old", rslora=rslora)
+    file = tmp_path / "old" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": alphas}))
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    for folder in ("new", "old"):
+        model = qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / folder).eval()
+        found = products(model) | {
+            (int(n.split(".")[4]), "gate"): m.scaling["default"] * m.lora_B["default"].weight @ m.lora_A["default"].weight
+            for n, m in model.named_modules()
+            if isinstance(m, qlora.ParamWrapper) and m._param_ndim == 2
+        }
+        for layer in range(2):
+            block = f"model.layers.{layer}.block_sparse_moe."
+
+            def product(name, block=block):
+                key = f"base_model.model.{block}{name}.lora_"
+                matching = [a for pattern, a in alphas.items() if re.fullmatch(rf"(.*\.)?({pattern})", block + name)]
+                scale = (matching or [8])[0] / (R**0.5 if rslora else R)
+                return scale * tensors[f"{key}B.weight"].double() @ tensors[f"{key}A.weight"].double()
+
+            wanted = {"gate": product("gate")}
+            wanted["down_proj"] = torch.stack([product(f"experts.{e}.w2") for e in range(E)])
+            halves = ([product(f"experts.{e}.{w}") for w in ("w1", "w3")] for e in range(E))
+            wanted["gate_up_proj"] = torch.stack([torch.cat(pair) for pair in halves])
+            for name, value in wanted.items():
+                torch.testing.assert_close(found[layer, name].double(), value, rtol=1e-5, atol=1e-6, msg=f"{folder} {name}")
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "mixtral") / WEIGHTS)
+    assert all(torch.equal(back[k], tensors[k]) for k in tensors)
+    from_per_expert(tmp_path / "back", tmp_path / "again")
+    configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("new", "again")]
+    assert all(configs[0][k] == configs[1][k] for k in ("rank_pattern", "alpha_pattern", "r", "lora_alpha"))
+
+
+@pytest.mark.parametrize("ranks", [{"w2": 2}, {"gate": 2}, {"w1": 2, "w3": 2}])
+def test_ranks_by_pattern_follow_their_layers(base, tmp_path, ranks):
+    tensors = old_adapter(tmp_path / "old")
+    for key, value in tensors.items():
+        if any(f".{leaf}.lora_" in key for leaf in ranks):
+            tensors[key] = value[:2].contiguous() if ".lora_A" in key else value[:, :2].contiguous()
+    save_file(tensors, tmp_path / "old" / WEIGHTS)
+    file = tmp_path / "old" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": ranks, "lora_dropout": 0.0}))
+    from_per_expert(tmp_path / "old", tmp_path / "new")
+    model = qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / "new").eval()
+    stock_logits(base, tmp_path / "new")  # loads
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "mixtral") / WEIGHTS)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
+    key = f"{ROOT}block_sparse_moe.experts.3.w2.lora_"
+    wanted = 8 / ranks.get("w2", R) * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+    torch.testing.assert_close(products(model)[1, "down_proj"][3], wanted, rtol=1e-5, atol=1e-7)
+
+
+NEW_PATTERNS = [
+    ("rank_pattern", {"mlp.experts.gate_up_proj": 2}),
+    ("rank_pattern", {"mlp.gate.weight": 2}),
+    ("alpha_pattern", {"mlp.experts.down_proj": 32}),
+    ("alpha_pattern", {"gate.weight": 32}),
+    ("alpha_pattern", {"gate": 32}),  # is no name of anything that is adapted
+    ("alpha_pattern", {"layers.0.mlp.experts.gate_up_proj": 32}),
+    ("alpha_pattern", {r"layers\.1\..*": 32}),
+]
+
+
+@pytest.mark.parametrize("kind, pattern", NEW_PATTERNS)
+def test_patterns_of_todays_names_survive_the_way_to_the_old_ones(base, tmp_path, kind, pattern):
+    """Against stock PEFT's logits with the adapter as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pattern that matches nothing
+        config = LoraConfig(r=R, lora_alpha=8, target_modules=["q_proj"], target_parameters=targets, **{kind: pattern})
+        model = get_peft_model(plain, config).eval()
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    with torch.no_grad():
+        wanted, bare = model(IDS).logits, stock_base(base)
+    model.save_pretrained(str(tmp_path / "new"))
+    to_per_expert(tmp_path / "new", tmp_path / "old", "mixtral")
+    from_per_expert(tmp_path / "old", tmp_path / "back")
+    assert (wanted - bare).abs().max() > 0.1
+    torch.testing.assert_close(stock_logits(base, tmp_path / "back"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def stock_base(base):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()(IDS).logits
+
+
+def test_what_one_stack_cannot_hold_is_refused(tmp_path):
+    old_adapter(tmp_path / "old")
+    file = tmp_path / "old" / "adapter_config.json"
+    for pattern in ({"w1": 16}, {"layers.0.block_sparse_moe.experts.0.w1": 64}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": pattern}))
+        with pytest.raises(ValueError, match=r"experts that become model\.layers\.\d\.mlp\.experts\.gate_up_proj have different"):
+            from_per_expert(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(ValueError, match="how a jamba's experts were called"):
+        to_per_expert(tmp_path / "old", tmp_path / "new", "jamba")
 
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -247,7 +389,7 @@ def test_shared_experts_and_dense_layers_keep_their_adapters(tmp_path, kind, sha
         torch.testing.assert_close(stock(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
         merged = merging.merge(ours, "float32")
         torch.testing.assert_close(ours.eval()(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
-    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", "qwen") / WEIGHTS)
+    back = load_file(to_per_expert(tmp_path / "new", tmp_path / "back", kind) / WEIGHTS)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in back)
     assert set(json.loads((tmp_path / "back" / "adapter_config.json").read_text())["target_modules"]) == set(MLP)
 
@@ -256,7 +398,7 @@ def test_the_training_dropout_goes_both_ways(base, tmp_path):
     """An old adapter has it in its configuration; here it lies beside one that says 0, as stock PEFT wants it."""
     old_adapter(tmp_path / "old")
     from_per_expert(tmp_path / "old", tmp_path / "new")
-    to_per_expert(tmp_path / "new", tmp_path / "back")
+    to_per_expert(tmp_path / "new", tmp_path / "back", "mixtral")
     from_per_expert(tmp_path / "back", tmp_path / "again")
     for name in ("new", "back", "again"):
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["lora_dropout"] == 0.0
@@ -268,7 +410,7 @@ def test_the_training_dropout_goes_both_ways(base, tmp_path):
 def test_what_cannot_be_converted_is_said(base, tmp_path):
     tensors = old_adapter(tmp_path / "old")
     with pytest.raises(ValueError, match="nothing to convert"):
-        to_per_expert(tmp_path / "old", tmp_path / "out")
+        to_per_expert(tmp_path / "old", tmp_path / "out", "mixtral")
     key = f"{ROOT}block_sparse_moe.experts.3.w1.lora_A.weight"
     save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "old" / WEIGHTS)
     with pytest.raises(ValueError, match=r"no w1 adapter for experts \[3\]"):
@@ -303,5 +445,5 @@ def test_a_fresh_adapter_keeps_its_rank(base, tmp_path):
     from helpers.quantization import load_4bit
 
     qlora.save_lora(qlora.add_lora(load_4bit(base, dtype="float32"), r=R, dropout=0.0), tmp_path / "new")  # B is 0
-    tensors = load_file(to_per_expert(tmp_path / "new", tmp_path / "old") / WEIGHTS)
+    tensors = load_file(to_per_expert(tmp_path / "new", tmp_path / "old", "mixtral") / WEIGHTS)
     assert {tensors[f"{ROOT}block_sparse_moe.experts.0.{w}.lora_A.weight"].shape[0] for w in ("w1", "w2", "w3")} == {R}

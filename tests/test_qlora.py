@@ -11,13 +11,15 @@ import torch
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig
 
 from helpers import activation_checkpointing, experts, merging, nf4, qlora
 from helpers.audit import audit, router_recorders
 from helpers.quantization import load_4bit, random_4bit, save_4bit
 from helpers.router_losses import attach_router_losses
 from helpers.tiny import tiny_config
+from tests.moe_families import knows_routers, tiny
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -596,3 +598,59 @@ def test_an_adapter_of_another_model_is_refused(random_mixtral, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="no_such_projection"):
         qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path)
+
+
+@knows_routers
+@pytest.mark.parametrize("kind, left_out", [("laguna", 3), ("jamba", 1)])
+def test_no_adapter_is_trained_that_stock_peft_would_lose(tmp_path, kind, left_out):
+    """Laguna: PEFT renames shared experts' adapters when it loads them. Jamba: the plain model reads dt_proj's weight itself."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny(kind)).save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match=f"{left_out} linear layers get no adapter, as stock PEFT would lose it"):
+        model = qlora.add_lora(load_4bit(tmp_path / "base", dtype="float32"), r=3, dropout=0.0).eval()
+    with torch.no_grad():
+        for p in (p for n, p in model.named_parameters() if ".lora_B" in n):
+            p.normal_(std=0.05)
+    qlora.save_lora(model, tmp_path / "adapter")
+    ids = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "base")).eval()
+    merged = merging.merge(model, "float32")  # the 4-bit weights, so that only the adapter is compared
+    base = qlora.add_lora(load_4bit(tmp_path / "base", dtype="float32"), r=3, dropout=0.0).eval()
+    plain.load_state_dict(merging.merge(base, "float32").state_dict())
+    stock = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    again = qlora.load_lora(load_4bit(tmp_path / "base", dtype="float32"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        for other in (stock, again, merged):
+            torch.testing.assert_close(other(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_base_or_kind_or_a_damaged_one_is_refused(random_mixtral, tmp_path):
+    qlora.save_lora(qlora.add_lora(load_4bit(random_mixtral, dtype="float32"), r=2), tmp_path / "good")
+    file, config = (tmp_path / "good" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(file)
+
+    def load():
+        return qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path / "good")
+
+    load()
+    deeper = {key.replace(".layers.0.", ".layers.9."): value for key, value in tensors.items() if ".layers.0." in key}
+    save_file(tensors | deeper, file)
+    with pytest.raises(RuntimeError, match=r"have no place in this model, as .*layers\.9.*another base's adapter"):
+        load()
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors is cut off or damaged"):
+        load()
+    file.unlink()
+    with pytest.raises(OSError, match=r"holds no adapter_model\.safetensors: an adapter needs both"):
+        load()
+    save_file(tensors, file)
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}), encoding="utf-8")
+    with pytest.raises(ValueError, match="adapter of the kind IA3; only LoRA"):
+        load()
+    config.write_text(json.dumps(facts), encoding="utf-8")
+    load()
+    with pytest.raises(OSError, match=r"there is no folder .*nowhere"):
+        qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from helpers.experts import is_experts
 
+LEAST_BYTES, LEAST_SHARE = 2**26, 0.02  # of what stays in 16 bit: worth a note
 NO_EXPERTS = "no experts found: this is not a Mixture-of-Experts model behind transformers' experts interface"
 NO_ROUTER = (
     f"transformers {transformers.__version__} does not say which of its modules are routers, so they cannot be kept out of the "
@@ -35,6 +37,7 @@ class Audit:
 
     parts: dict[str, Part]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what stays in 16 bit for want of a way to pack it, if it is much
 
     @property
     def ok(self) -> bool:
@@ -72,7 +75,7 @@ class Audit:
             lines.append(
                 f"{r['part']:<12}{r['weights']:>14,}{r['4-bit']:>10.1%}{r['bits/weight']:>13.3f}{r['MiB']:>11.2f}  {r['dtypes']}"
             )
-        return "\n".join([*lines, *(f"PROBLEM: {p}" for p in self.problems)])
+        return "\n".join([*lines, *(f"PROBLEM: {p}" for p in self.problems), *(f"NOTE: {n}" for n in self.notes)])
 
 
 PARTS = ("experts", "attention", "router", "other linear", "norms", "embeddings", "head", "adapters")
@@ -108,6 +111,7 @@ def audit(model: nn.Module) -> Audit:
     linear_params = {id(m.weight) for n, m in linears.items() if not n.endswith(kept)}
     seen: set[int] = set()
     loose: dict[str, int] = defaultdict(int)
+    unpacked: list[tuple[int, str]] = []
     for name, param in model.named_parameters():
         if id(param) in seen:
             continue
@@ -119,9 +123,14 @@ def audit(model: nn.Module) -> Audit:
         entry.weights += weights
         entry.bytes += param.numel() * param.element_size() + (_state_bytes(param.quant_state) if packed else 0)
         entry.four_bit += weights if packed else 0
-        entry.dtypes.add(
-            "nf4" + ("+double quant" if packed and param.quant_state.nested else "") if packed else str(param.dtype)[6:]
-        )
+        kind = param.quant_state.quant_type if packed else str(param.dtype)[6:]
+        entry.dtypes.add(kind + ("+double quant" if packed and param.quant_state.nested else ""))
+        if packed and kind != "nf4":
+            problems.append(f"{name} is {kind}, not nf4")
+        if packed and not _finite_scales(param.quant_state):
+            problems.append(f"{name} has scales that are not finite")
+        if part in ("attention", "other linear") and not packed and param.ndim >= 2:
+            unpacked.append((param.nbytes, name))
         # What attention has beside linear layers (short convolutions, position tables) is shown but cannot be quantised.
         wanted = (part == "experts" and param.ndim >= 2) or (part == "attention" and id(param) in linear_params)
         if wanted and not packed:
@@ -134,7 +143,17 @@ def audit(model: nn.Module) -> Audit:
         problems.append(NO_EXPERTS)
     elif not router_params:
         problems.append(NO_ROUTER)
-    return Audit({p: parts[p] for p in PARTS if p in parts}, tuple(problems))
+    notes = []
+    held, left = sum(part.bytes for part in parts.values()), sum(size for size, _ in unpacked)
+    if not problems and left > max(LEAST_BYTES, LEAST_SHARE * held):
+        names = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for _, name in unpacked})[:4])
+        notes.append(f"{left / 2**30:.2f} GiB ({left / held:.0%} of the model) are matrices that cannot be packed here: {names}")
+    return Audit({p: parts[p] for p in PARTS if p in parts}, tuple(problems), tuple(notes))
+
+
+def _finite_scales(state) -> bool:
+    scales = (state.state2.absmax, state.offset) if state.nested else (state.absmax,)
+    return all(t.is_meta or bool(t.isfinite().all()) for t in scales)
 
 
 def kept_layers(model: nn.Module) -> list[str]:

@@ -8,7 +8,6 @@ safetensors files is asked first: are all shards there and whole, does every par
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -20,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
+from helpers.files import read_json
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+REAL = ("F64", "F32", "F16", "BF16")  # safetensors' names
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
@@ -33,9 +35,10 @@ class Stored:
     dtype: str  # safetensors' names: BF16, F32, U8, ...
 
 
-def check_place(path_or_id: str | Path) -> None:
+def check_place(path_or_id: str | Path, subfolder: str = "") -> None:
     """OSError for a folder that is not there, or that holds no weights: of both, the Hub's own words say little."""
     path, text = Path(path_or_id), str(path_or_id)
+    path = path / subfolder if path.is_dir() else path
     if path.is_dir():
         if not any((path / name).exists() for name in (SINGLE, INDEX)):
             raise OSError(f"{path} holds no weights ({SINGLE} or {INDEX}): fetch or copy them there")
@@ -46,12 +49,16 @@ def check_place(path_or_id: str | Path) -> None:
 def read_headers(path_or_id: str | Path, **hub: Any) -> dict[str, Stored]:
     """Name → Stored for every tensor of a folder or Hub id (downloaded if need be; `hub` goes to `cached_file`).
 
-    Raises OSError for a file that is missing or cut off and ValueError if a shard lacks a tensor that the index promises.
+    Raises OSError for a file that is missing or cut off and ValueError for an index that is damaged, or if a shard lacks a tensor
+    that it promises. Where there are both, one file and an index, it is the one file, as in transformers.
     """
-    index = cached_file(str(path_or_id), INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    single = cached_file(str(path_or_id), SINGLE, _raise_exceptions_for_missing_entries=False, **hub)
+    index = None if single else cached_file(str(path_or_id), INDEX, _raise_exceptions_for_missing_entries=False, **hub)
     promised = {}
     if index is not None:
-        promised = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        promised = read_json(Path(index), "fetch it again").get("weight_map")
+        if not promised:
+            raise ValueError(f"{index} is damaged (no weight_map): fetch it again")
     files = sorted(set(promised.values())) or [SINGLE]
     stored = {}
     for name in files:
@@ -92,13 +99,28 @@ def identity(path_or_id: str | Path, pieces: int = 64, whole: int = 2**28) -> st
     return digest.hexdigest()[:16]
 
 
+def not_finite(stored: dict[str, Stored]) -> str | None:
+    """The first tensor with a number that is not finite, and its file. Reads everything: for when loading has failed."""
+    for name, tensor in stored.items():
+        with safe_open(tensor.file, "pt") as tensors:
+            value = tensors.get_tensor(name)
+            if value.is_floating_point() and not value.isfinite().all():
+                return f"{name} in {tensor.file}"
+    return None
+
+
 def check_fits(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
-    """Every parameter of `config`'s model gets a tensor of its shape; otherwise ValueError names tensors and files.
+    """Every parameter of `config`'s model gets a tensor of its shape, of real numbers; otherwise ValueError names them and files.
 
     transformers' own loader is asked, on the meta device: it renames and fuses tensors of any layout without reading one.
     """
+    for name, tensor in stored.items():
+        if tensor.dtype not in REAL and (name.endswith("weight") or ".experts." in name):
+            raise ValueError(f"the checkpoint is not one of plain weights: {name} in {tensor.file} is {tensor.dtype}, not {REAL}")
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
+    if isinstance(config.get_text_config(), kind.config_class) and not isinstance(config, kind.config_class):
+        config = config.get_text_config()  # of a model that also has pictures, its language model
     shapes = {name: torch.empty(s.shape, device="meta") for name, s in stored.items()}
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -125,6 +147,9 @@ def check_fits(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
 
 def check_packed(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
     """The same for a checkpoint of `save_4bit`, whose tensors have the model's own names: packed ones are (n/2, 1) uint8."""
+    settings = config.quantization_config
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    nested = settings["bnb_4bit_use_double_quant"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for name, param in model.named_parameters():
@@ -132,12 +157,24 @@ def check_packed(stored: dict[str, Stored], config: PreTrainedConfig) -> None:
             raise ValueError(f"the checkpoint does not fit the model: {name} is missing")
         found = stored[name]
         packed = found.dtype == "U8" and f"{name}.absmax" in stored
-        wanted = (-(-param.numel() // 2), 1) if packed else tuple(param.shape)
-        if found.shape != wanted:
-            raise ValueError(
-                f"the checkpoint does not fit the model: {name} in {found.file} has shape {found.shape}"
-                f"{' (packed)' if packed else ''}, the model wants {wanted}"
-            )
+        wanted = {name: (-(-param.numel() // 2), 1) if packed else tuple(param.shape)}
+        if packed:
+            wanted |= {f"{name}.{part}": shape for part, shape in state_shapes(param.numel(), nested).items()}
+        for part, shape in wanted.items():
+            if part not in stored:
+                raise ValueError(f"the checkpoint does not fit the model: {part} is missing, and without it {name} is noise")
+            if stored[part].shape != shape:
+                raise ValueError(
+                    f"the checkpoint does not fit the model: {part} in {stored[part].file} has shape {stored[part].shape}"
+                    f"{' (packed)' if packed else ''}, the model wants {shape}"
+                )
+
+
+def state_shapes(weights: int, nested: bool) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that belong to that many packed weights: scales of blocks of 64, themselves in blocks of 256; code books."""
+    blocks = -(-weights // 64)
+    shapes = {"absmax": (blocks,), "quant_map": (16,)}
+    return shapes | ({"nested_absmax": (-(-blocks // 256),), "nested_quant_map": (256,)} if nested else {})
 
 
 def odd_ones(stored: dict[str, Stored]) -> list[str]:

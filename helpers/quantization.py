@@ -8,12 +8,15 @@ peak is the 4-bit model plus one stack. It saves to safetensors and reloads bit 
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
@@ -181,14 +184,20 @@ def load_4bit(
 
     Loads ordinary checkpoints (quantising while they stream in) and those written by `save_4bit`. `dtype` is the dtype of
     the unquantised parts and of the products: bfloat16 unless it is given, and for a saved 4-bit model the one it was made with.
-    Further arguments go to `from_pretrained`. Peak memory: the 4-bit model and about one expert stack in `dtype`.
+    Further arguments go to `from_pretrained`; how to quantise is not among them. Peak memory: the 4-bit model and about one
+    expert stack in `dtype`.
 
     Before anything is read, the headers are checked: OSError for a missing or cut-off shard, ValueError for a missing tensor
-    or a wrong shape, for a layout that cannot be computed in 4 bit, and for a model without experts. Raises RuntimeError when
-    the audit finds experts that are not 4-bit.
+    or a wrong shape or dtype, for a layout that cannot be computed in 4 bit, and for a model without experts. Raises RuntimeError
+    when the audit finds experts that are not 4-bit; a warning names what else is large and stays in 16 bit.
     """
+    dtype = kwargs.pop("torch_dtype", dtype)
+    if unwanted := {"quantization_config", "load_in_4bit", "load_in_8bit"} & set(kwargs):
+        raise ValueError(f"{unwanted.pop()}: load_4bit always quantises to NF4; double_quant and dtype are what can be chosen")
+    if kwargs.pop("use_safetensors", True) is not True:
+        raise ValueError("use_safetensors=False: load_4bit reads safetensors only")
     hub = {k: v for k, v in kwargs.items() if k in checkpoints.HUB_OPTIONS}
-    checkpoints.check_place(path_or_id)
+    checkpoints.check_place(path_or_id, kwargs.get("subfolder", ""))
     config = AutoConfig.from_pretrained(path_or_id, **hub)
     saved = getattr(config, "quantization_config", None)
     saved = saved if saved is None or isinstance(saved, dict) else saved.to_dict()
@@ -202,7 +211,12 @@ def load_4bit(
         raise ValueError(f"{path_or_id} is already quantised with another method: load the unquantised model instead")
     else:
         checkpoints.check_packed(stored, config)
-    model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, use_safetensors=True, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, dtype=dtype, use_safetensors=True, **kwargs)
+    except RuntimeError as error:  # transformers tells what happened to a tensor only in its log
+        if bad := checkpoints.not_finite(stored):
+            raise ValueError(f"{bad} holds numbers that are not finite, so it cannot be quantised: fetch it again") from error
+        raise
     for param in model.parameters() if saved is not None else ():
         if param.dtype == made_with:  # of a quantised model, transformers leaves the others as they were saved
             param.data = param.data.to(dtype)
@@ -231,14 +245,29 @@ def _finish(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for param in model.parameters():
         if isinstance(param, Params4bit) and param.quant_state is not None:
             param.quant_state.dtype = dtype
-    audit(model).check()
+    for note in audit(model).check().notes:
+        warnings.warn(note, stacklevel=3)
     return model
 
 
 def save_4bit(model: PreTrainedModel, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-    """Write a loaded 4-bit model (not its adapters) as safetensors; `load_4bit(folder)` gives the same bits."""
+    """Write a loaded 4-bit model as safetensors; `load_4bit(folder)` gives the same bits.
+
+    Only when all is written, it gets its name. FileExistsError for a folder that holds something: of two models in one, the
+    loader may take either. ValueError for a model with adapters, whose weights have other names.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: write the model into another folder")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("this model has adapters: save those with qlora.save_lora, and a base that was loaded without any")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interruption
     # The original format has one tensor an expert; a packed stack cannot be taken apart into those.
-    model.save_pretrained(folder, save_original_format=False, max_shard_size=max_shard_size)
+    model.save_pretrained(partial, save_original_format=False, max_shard_size=max_shard_size)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
 
 
 def empty_4bit(config: PreTrainedConfig, dtype: torch.dtype, double_quant: bool = True) -> tuple[PreTrainedModel, HfQuantizer]:

@@ -634,7 +634,7 @@ def test_an_adapter_of_another_base_or_kind_or_a_damaged_one_is_refused(random_m
         return qlora.load_lora(load_4bit(random_mixtral, dtype="float32"), tmp_path / "good")
 
     load()
-    deeper = {key.replace(".layers.0.", ".layers.9."): value for key, value in tensors.items() if ".layers.0." in key}
+    deeper = {key.replace(".layers.0.", ".layers.9."): value.clone() for key, value in tensors.items() if ".layers.0." in key}
     save_file(tensors | deeper, file)
     with pytest.raises(RuntimeError, match=r"have no place in this model, as .*layers\.9.*another base's adapter"):
         load()

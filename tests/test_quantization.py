@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import torch
 from bitsandbytes.nn import Params4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from helpers import checkpoints, experts, nf4, quantization
+from helpers import checkpoints, experts, nf4, qlora, quantization
 from helpers.audit import Audit, audit, router_modules
 from helpers.quantization import load_4bit, random_4bit, save_4bit
 from helpers.tiny import tiny_config
+from tests.moe_families import knows_routers, tiny
 
 IDS = torch.arange(3, 43).view(2, 20)
 ROOT = Path(__file__).resolve().parent.parent
@@ -561,3 +563,130 @@ def test_the_headers_are_those_of_the_asked_revision(random_mixtral, monkeypatch
 def test_an_audit_of_nothing_says_its_problem():
     with pytest.raises(RuntimeError, match="audit failed: no experts"):
         Audit({}, ("no experts",)).check()
+
+
+# ------------------------------------------------------------------------------------------ checkpoints that are not right
+
+
+def test_a_model_is_saved_whole_into_a_folder_of_its_own(random_mixtral, tmp_path, monkeypatch):
+    model = load_4bit(random_mixtral)
+    save_4bit(model, tmp_path / "saved")
+    with pytest.raises(FileExistsError, match=r"saved is not empty: write the model into another folder"):
+        save_4bit(model, tmp_path / "saved", max_shard_size="20KB")
+    (tmp_path / "empty").mkdir()
+    save_4bit(model, tmp_path / "empty", max_shard_size="20KB")
+    again = load_4bit(tmp_path / "empty")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+    def interrupted(folder, **_):
+        (folder / "model.safetensors").parent.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_4bit(model, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_base(random_mixtral, tmp_path):
+    model = qlora.add_lora(load_4bit(random_mixtral), r=2)
+    for which in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="this model has adapters"):
+            save_4bit(which, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("layer", ["mlp.experts.gate_up_proj", "self_attn.q_proj.weight"])
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "quant_map", "nested_quant_map"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_packed_weights_without_their_scales_are_refused(random_mixtral, tmp_path, layer, part, damage):
+    """bitsandbytes would take the codes of scales for scales, or read beyond them."""
+    save_4bit(load_4bit(random_mixtral), tmp_path)
+    file, key = tmp_path / "model.safetensors", f"model.layers.0.{layer}.{part}"
+    tensors = load_file(file)
+    tensors[key] = tensors[key][:-1].clone()
+    if damage == "missing":
+        del tensors[key]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit the model: .*(is missing|has shape)"):
+        load_4bit(tmp_path)
+
+
+def test_weights_that_are_no_real_numbers_are_refused(random_mixtral, tmp_path):
+    shutil.copytree(random_mixtral, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if ".experts.3.w1" in k)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(tensors | {key: tensors[key].to(dtype)}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"not one of plain weights: {re.escape(key)} in .* is (I8|F8_E4M3)"):
+            load_4bit(tmp_path / "base")
+    for name in (key, next(k for k in tensors if "q_proj" in k)):
+        for value in (float("nan"), float("inf")):
+            bad = tensors[name].clone()
+            bad.view(-1)[5] = value
+            save_file(tensors | {name: bad}, file, metadata={"format": "pt"})
+            with pytest.raises((ValueError, RuntimeError), match=r"not finite"):
+                load_4bit(tmp_path / "base")
+
+
+def test_a_damaged_index_is_named_and_one_file_goes_before_an_index(random_mixtral, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text(encoding="utf-8")
+    for text in (whole[:100], "{}"):
+        index.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged .*: fetch it again"):
+            load_4bit(tmp_path)
+    index.write_text(whole, encoding="utf-8")
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit the model"):  # what transformers would load
+        load_4bit(tmp_path)
+
+
+def test_what_cannot_be_chosen_is_refused_and_old_names_are_known(random_mixtral, tmp_path):
+    assert load_4bit(random_mixtral, torch_dtype=torch.float16, use_safetensors=True).lm_head.weight.dtype == torch.float16
+    with pytest.raises(ValueError, match="quantization_config: load_4bit always quantises to NF4"):
+        load_4bit(random_mixtral, quantization_config=None)
+    with pytest.raises(ValueError, match="safetensors only"):
+        load_4bit(random_mixtral, use_safetensors=False)
+    shutil.copytree(random_mixtral, tmp_path / "in" / "side")
+    assert load_4bit(tmp_path / "in", subfolder="side").dtype == torch.bfloat16
+
+
+@knows_routers
+def test_the_language_model_of_a_model_with_pictures_is_loaded(tmp_path):
+    """Qwen3.5-MoE's checkpoints are those of the whole model; stock transformers finds the language model in them, too."""
+    text = tiny("qwen3_5_moe_text")
+    sizes = dict(hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=4, num_position_embeddings=16)
+    config = CONFIG_MAPPING["qwen3_5_moe"](text_config=text.to_dict(), vision_config=dict(depth=1, **sizes))
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = load_4bit(tmp_path, dtype="float32").eval()
+    assert type(ours) is type(stock)
+    ids = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (m(input_ids=ids, use_cache=False).logits for m in (stock, ours))
+    assert (a - b).norm() < 0.3 * a.norm(), "NF4's own error, and not other weights"
+
+
+def test_other_kinds_of_4_bit_are_named(random_mixtral):
+    model = load_4bit(random_mixtral)
+    model.model.layers[0].mlp.experts.down_proj.quant_state.quant_type = "fp4"
+    report = audit(model)
+    assert "fp4" in report.parts["experts"].dtypes.pop() + report.parts["experts"].dtypes.pop()
+    assert any("down_proj is fp4, not nf4" in problem for problem in report.problems)
+
+
+@knows_routers
+def test_what_stays_in_16_bit_is_noted_when_it_is_much(monkeypatch, tmp_path):
+    """Inkling's shared experts are parameters of three dimensions beside transformers' experts interface."""
+    import helpers.audit
+
+    monkeypatch.setattr(helpers.audit, "LEAST_BYTES", 0)
+    with pytest.warns(UserWarning, match=r"matrices that cannot be packed here: .*shared_experts"):
+        report = audit(random_4bit(tiny("inkling_text")))
+    assert report.ok and "NOTE: " in str(report)

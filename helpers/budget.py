@@ -269,9 +269,9 @@ def _activations(
     expert = max(most * gate * s, (2 * inner * h * together + most * (2 * inner + 2 * h)) * s) + mask
     scales = 4 * 3 * z["experts"] * inner * h // 64  # of both stacks, for as long as a pass over the experts takes
     working = expert + scales + (2 + k) * stream + (rows * tokens**2 if masked else 0)
-    from helpers.losses import CHUNK, FEWEST
+    from helpers.losses import tokens_at_a_time
 
-    chunk = min(t, max(FEWEST, CHUNK.get(device, CHUNK["cuda"]) // z["vocabulary"]))
+    chunk = min(t, tokens_at_a_time(t, z["vocabulary"], device))
     head = 2 * stream + chunk * z["vocabulary"] * (2 * 4 + (2 * s if s < 4 else 0))
     return layer_kept, working, head
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Corpus:
     fill: float  # share of the rows' places that hold tokens
     digest: str  # SHA-256 over all ids and labels: the run's data, to the bit
     names: list[list[str]] = field(default_factory=list, compare=False, repr=False)  # of the stories in each row
+    parts: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # what the rows are made of, by its digest
 
     def numbered(self) -> list[dict[str, Any]]:
         """The rows, each with its number and the names of its stories: so a message about a row can say whose it is."""
@@ -132,6 +134,9 @@ def build_corpus(
         raise ValueError("no token carries loss: the stories have no character reply that fits the context")
     bins = pack(samples, context)
     rows = [packed_row(samples[i] for i in members) for members in bins]
+    told = [story.record() for story, _ in labelled]
+    made_of = {"the stories": told, "their length labels": [list(lengths or ()) for _, lengths in labelled]}
+    parts = {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in made_of.items()}
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
@@ -146,4 +151,5 @@ def build_corpus(
         fill=tokens / (len(rows) * context),
         digest=digest.hexdigest(),
         names=[list(dict.fromkeys(titles[owners[i]] for i in members)) for members in bins],
+        parts=parts,
     )

@@ -36,7 +36,7 @@ from helpers.lengths import LENGTHS, label_replies
 from helpers.profiles import ROOT, Profile
 from helpers.stories import Story, StoryError, load_stories
 from helpers.tokens import encode
-from helpers.training import OF_PROFILE, TrainingResult, free, load_result, profile_of, train
+from helpers.training import OF_PROFILE, TrainingResult, free, load_result, profile_of, train, unfinished
 
 Say = Callable[[str], None]
 RECORDED = ROOT / "benchmarks" / "results" / "length-control-tiny.json"
@@ -62,12 +62,11 @@ def finished(run_dir: str | Path) -> tuple[TrainingResult, Profile]:
     """(result, profile) of a finished run whose adapter is there; FileNotFoundError or ValueError says what is amiss."""
     run_dir = Path(run_dir)
     result, profile = load_result(run_dir), profile_of(run_dir)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (result.adapter / name).is_file():
-            raise FileNotFoundError(
-                f"{result.adapter} lacks {name}: delete {run_dir / 'result.json'} and give the same train command again; it "
-                "takes the adapter from the last checkpoint, if that is still there"
-            )
+    if problem := unfinished(run_dir):
+        raise FileNotFoundError(
+            f"{problem}: delete {run_dir / 'result.json'} and give the same train command again; it takes the adapter from the "
+            "last checkpoint, if that is still there"
+        )
     return result, profile
 
 

@@ -24,12 +24,17 @@ from torch import Tensor, nn
 from helpers.tokens import IGNORED
 
 CHUNK = {"cpu": 2**19, "cuda": 2**25}  # logits at a time: what a cache holds; what keeps a GPU's multipliers busy
-FEWEST = 128  # tokens at a time; with fewer, the products become slow
+FEWEST = 64  # tokens at a time; with fewer, the products become slow
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
-    """Tokens at a time."""
-    return chunk or max(FEWEST, CHUNK.get(hidden.device.type, 2**25) // weight.shape[0])
+    """Tokens at a time; of a short batch a sixteenth, so that it too takes little of what all its logits would."""
+    return chunk or tokens_at_a_time(len(hidden), weight.shape[0], hidden.device.type)
+
+
+def tokens_at_a_time(tokens: int, vocabulary: int, device: str) -> int:
+    """How many tokens' logits exist at one time."""
+    return max(FEWEST, min(CHUNK.get(device, CHUNK["cuda"]) // vocabulary, -(-tokens // 16)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -28,8 +28,10 @@ from helpers.files import read_json, sha256, sync, write_json
 from helpers.profiles import Profile
 from helpers.run_log import Log, read_log
 
+KEPT = 2  # checkpoints
 MARK, PROGRESS = "complete.json", "progress.json"
 DELETED = "deleted-"
+NEEDED = (PROGRESS, "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")  # of a checkpoint
 NOT_COMPARED = ("reasons", "memory_gib", "save_steps")  # of a profile: they may change while a run rests
 
 
@@ -58,8 +60,8 @@ def settings(profile: Profile, corpus: Corpus | None = None, processes: int | No
     What is not given (corpus, processes) is not compared: for a finished run, say, it no longer matters how many made it.
     """
     kept = {k: v for k, v in dataclasses.asdict(profile).items() if k not in NOT_COMPARED}
-    data = corpus.digest if corpus else None
-    return {"profile": kept, "base": identity(profile.base_path), "data": data, "processes": processes}
+    found = {"profile": kept, "base": identity(profile.base_path), "data": None, "processes": processes}
+    return found | ({"data": corpus.digest, "parts": corpus.parts, "corpus": str(corpus)} if corpus else {})
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -69,7 +71,11 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     if found["base"] != wanted["base"]:
         changed.append(f"the weights of the base {now.get('base')!r}")
     if wanted["data"] and found["data"] != wanted["data"]:
-        changed.append("the stories, their labels or the tokenizer")
+        then, now = found.get("parts", {}), wanted.get("parts", {})
+        what = [name for name in now if name in then and then[name] != now[name]]
+        if not what:
+            what = ["the tokenizer"] if then and now else ["the stories, their labels or the tokenizer"]
+        changed.append(f"{' and '.join(what)} ({found.get('corpus', 'other data')}, then; {wanted.get('corpus')}, now)")
     before, here = found.get("processes"), wanted.get("processes")  # runs of older versions do not say
     if before and here and before != here:
         changed.append(f"{before} processes then, {here} now, and so other rows per step; start as many again")
@@ -77,8 +83,9 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def begun(run_dir: Path) -> bool:
-    """Is there anything that another run would destroy: a checkpoint, a row of the log, a result?"""
-    return (run_dir / "result.json").exists() or any(run_dir.glob("checkpoint-*")) or bool(read_log(run_dir))
+    """Is there anything that another run would destroy: a checkpoint, an adapter, a row of the log, a result?"""
+    made = any((run_dir / name).exists() for name in ("result.json", "adapter"))
+    return made or any(run_dir.glob("checkpoint-*")) or bool(read_log(run_dir))
 
 
 def check_settings(run_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +95,8 @@ def check_settings(run_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """
     path = run_dir / "run.json"
     if not path.exists():
-        if found := sorted(p.name for p in run_dir.glob("checkpoint-*")):
+        kinds = ("checkpoint-*", "result.json", "adapter", "log.jsonl")  # what a run would overwrite
+        if found := [path.name for kind in kinds for path in sorted(run_dir.glob(kind))]:
             raise ValueError(f"{run_dir} holds {found[0]} but no run.json, so it is not ours to continue: use another folder")
         return {}
     try:
@@ -128,13 +136,16 @@ def seal(folder: Path, wanted: dict[str, Any]) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed checkpoint's files, or None."""
     try:
-        files = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        files, _ = mark["files"], difference(mark["settings"], mark["settings"])  # which reads all that it needs
+        if unlisted := [name for name in NEEDED if name not in files]:
+            return f"{MARK} does not list {unlisted[0]}"
         for name, fact in files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if (folder / name).stat().st_size != fact["bytes"] or sha256(folder / name) != fact["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MARK} cannot be read ({error})"
     return None
 
@@ -166,10 +177,15 @@ def last_good(run_dir: Path, wanted: dict[str, Any], say=print) -> Path | None:
 
 
 class Checkpoints(TrainerCallback):
-    """Seals each checkpoint that the Trainer has written, and deletes all but the last `keep` sealed ones."""
+    """Seals each checkpoint that the Trainer has written, and deletes all but the last `keep` whole ones.
 
-    def __init__(self, run_dir: Path, wanted: dict[str, Any], log: Log, keep: int = 2):
+    `since`: the one that the run goes on from. Those behind it were cut off or are damaged, so they do not count, and go.
+    """
+
+    def __init__(self, run_dir: Path, wanted: dict[str, Any], log: Log, keep: int = KEPT, since: Path | None = None):
         self.run_dir, self.wanted, self.log, self.keep = run_dir, wanted, log, keep
+        first = _step(since) if since else 0
+        self.useless = {p for p in run_dir.glob("checkpoint-*") if _step(p) > first}
         self.writing = False  # a failure now is a failure to write
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -186,8 +202,10 @@ class Checkpoints(TrainerCallback):
             folder = self.run_dir / f"checkpoint-{state.global_step}"
             write_json(folder / PROGRESS, self.log.state())
             seal(folder, self.wanted)
-            sealed = sorted((p for p in self.run_dir.glob("checkpoint-*") if (p / MARK).exists()), key=_step)
-            for old in sealed[: -self.keep]:
+            self.useless.discard(folder)
+            behind = [p for p in self.run_dir.glob("checkpoint-*") if 0 <= _step(p) <= state.global_step]
+            sealed = sorted((p for p in behind if (p / MARK).exists() and p not in self.useless), key=_step)
+            for old in (p for p in behind if p not in sealed[-self.keep :]):
                 old.rename(old.with_name(DELETED + old.name))  # a deletion that is cut off must not look like a checkpoint
             for old in self.run_dir.glob(DELETED + "*"):
                 shutil.rmtree(old)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import accelerate
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -76,6 +77,26 @@ def arguments(profile: Profile, run_dir: Path, log_every: int = 10) -> Arguments
     )
 
 
+class RowsThenFiller(Sampler[int]):
+    """The rows in accelerate's order for one process (`SeedableRandomSampler`), and behind them those that fill up (`filled`)."""
+
+    def __init__(self, real: Sequence[bool], seed: int):
+        self.real, self.seed, self.epoch = sum(real), seed, 0
+        self.filler = range(self.real, len(real))
+        assert all(real[: self.real]), "what fills up comes last in the data, too"
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.real, generator=generator).tolist()
+        yield from self.filler
+
+    def __len__(self) -> int:
+        return self.real + len(self.filler)
+
+
 class NumberedCollator(Collator):
     """Rows with a `number` → a batch that knows which rows it holds ("rows", (B,)). Rows of no story are padding throughout."""
 
@@ -98,6 +119,14 @@ class CourseTrainer(Trainer):
         self.fused = not self.is_fsdp_enabled and losses.plain_head(self.model)
         self.window: list[tuple[torch.Tensor, torch.Tensor]] = []  # (loss, row numbers) of each batch since the last step
         self.add_callback(_Guard(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Of several processes, together the rows in the order of one."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        order = RowsThenFiller([row["number"] >= 0 for row in self.train_dataset], self.args.data_seed)
+        loader = DataLoader(self.train_dataset, self.args.train_batch_size, sampler=order, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -145,17 +174,24 @@ class _Guard(TrainerCallback):
         trainer, step = self.trainer, state.global_step + 1
         parts = torch.stack([loss for loss, _ in trainer.window])
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        *found, norm = torch.cat([parts, norm.reshape(1).to(parts)]).isfinite().tolist()  # one wait for the GPU
+        # Clipping comes before, and leaves zeros behind where the norm was too large for fp32.
+        gone = (norm == 0) & (parts.sum() > 0)
+        flags = torch.cat([parts.isfinite(), norm.isfinite().reshape(1), gone.reshape(1)])
+        *found, norm, gone = flags.tolist()  # one wait for the GPU
+        norm = norm and not gone
         numbers = [rows.tolist() if rows is not None else [] for _, rows in trainer.window]
-        if not all(found):
-            bad = [n for ok, rows in zip(found, numbers, strict=True) if not ok for n in rows]
+        bad = [n for ok, rows in zip(found, numbers, strict=True) if not ok for n in rows]
+        rows = [n for part in numbers for n in part]
+        if args.world_size > 1 and not norm:  # gradients are common to all processes, so all are here; whose rows were it?
+            bad, rows = ([n for part in accelerate.utils.gather_object([of]) for n in part] for of in (bad, rows))
+        if bad or not all(found):
             raise FloatingPointError(f"the loss is not finite at step {step}, in {_named(trainer, bad)}. {_ADVICE}")
         # Under fp16 the gradient scaler skips such a step and halves its scale, which helps once or twice, not for ever.
         self.skipped = 0 if norm else self.skipped + 1
-        if self.skipped >= (SKIPS if args.fp16 else 1):
-            bad = [n for rows in numbers for n in rows]
-            often = f" for the {SKIPS}th time in a row, whatever the loss scale" if args.fp16 else ""
-            raise FloatingPointError(f"a gradient is not finite at step {step}{often}, in {_named(trainer, bad)}. {_ADVICE}")
+        if gone or self.skipped >= (SKIPS if args.fp16 else 1):
+            often = f" for the {SKIPS}th time in a row, whatever the loss scale" if args.fp16 and not gone else ""
+            what = "the norm of the gradient is too large" if gone else "a gradient is not finite"
+            raise FloatingPointError(f"{what} at step {step}{often}, in {_named(trainer, rows)}. {_ADVICE}")
         if not self.verified:
             trainer.router_losses.verify()
             self.verified = True

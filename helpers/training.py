@@ -20,6 +20,7 @@ from typing import Any
 
 import accelerate
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from helpers import budget, fused, qlora, resume
@@ -27,7 +28,7 @@ from helpers.attention import DOCUMENTS, check_packing, choose_attention
 from helpers.audit import audit
 from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
 from helpers.environment import download_note, gpu_memory_gib, hardware, host_memory_gib, versions
-from helpers.files import read_json, write_json
+from helpers.files import read_json, sha256, sync, write_json
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.profiles import PROFILES, Profile
 from helpers.quantization import load_4bit
@@ -128,9 +129,9 @@ def train(
     the same, so without dropout the trajectory does too, but for rounding and the balancing loss, which is a product of two
     means of each micro-batch (one process only: of several, each would wait).
     `attention`: transformers' name of one, instead of what `choose_attention` finds. `fused_kernels`: those of `helpers.fused`,
-    which no GPU has run yet. `log_every`: steps from one row of the log
-    to the next (None: 10, or 1 in a run of up to 200 steps). `skip_too_long`: leave out stories of which nothing fits the
-    context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and where it is.
+    which no GPU has run yet. `log_every`: steps from one row of the log to the next (None: 10, or 1 in a run of up to 200
+    steps). `skip_too_long`: leave out stories of which nothing fits the context, and name them; otherwise they are refused, all
+    in one error. `say` is told what the run is made of and where it is.
 
     ValueError for a folder with another run, or that another process writes into, other settings or damaged checkpoints;
     OSError if it cannot be written; FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
@@ -210,10 +211,10 @@ class _Run:
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         if state.is_main_process and (note := download_note(profile)):
             print(note, flush=True)  # in a notebook, too: it may take an hour
-        parts = ("result.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-        finished = all((run_dir / name).exists() for name in parts)
-        if not finished and (run_dir / parts[0]).exists() and state.is_main_process:
-            print(f"the adapter in {run_dir} is gone: it is made again from the last checkpoint", flush=True)
+        problem = unfinished(run_dir)
+        finished = problem is None
+        if problem and (run_dir / "result.json").exists() and state.is_main_process:
+            print(f"{problem}: it is made again from the last checkpoint", flush=True)
         if finished and stories is None and go_on:
             before = resume.check_settings(run_dir, resume.settings(profile))
             if before.get("stories") == OF_PROFILE:  # no need to prepare them again
@@ -234,7 +235,9 @@ class _Run:
         if state.is_main_process and before and before.get("fused_kernels", False) != fused_kernels:
             print("going on with other kernels than before: rounding and dropout's draws are others", flush=True)
         source = OF_PROFILE if stories is None else "given"
-        micro_batch = before.get("micro_batch", profile.micro_batch)
+        micro_batch, whole = before.get("micro_batch", profile.micro_batch), profile.micro_batch * profile.accumulation
+        if not isinstance(micro_batch, int) or micro_batch < 1 or whole % micro_batch:
+            raise ValueError(f"{run_dir / 'run.json'} has a micro-batch of {micro_batch!r}, which does not divide {whole} rows")
         how = attention, fused_kernels
         run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, *how, state.num_processes, say)
         say(f"corpus: {corpus}")
@@ -250,7 +253,7 @@ class _Run:
         state.wait_for_everyone()  # all have read it before one writes
         if state.is_main_process:
             facts = {"micro_batch": self.micro_batch, "save_steps": self.profile.save_steps, "stories": self.source}
-            facts |= {"corpus": str(self.corpus), "versions": versions(), "fused_kernels": self.fused_kernels}
+            facts |= {"versions": versions(), "fused_kernels": self.fused_kernels}
             write_json(self.run_dir / "run.json", {**self.wanted, **facts})
 
     def out_of_memory(self, problem: str, shrink: bool) -> None:
@@ -323,10 +326,6 @@ class _Run:
             tell(f"loading {profile.base} in 4 bit …")
         model = prepare_model(profile, attention)
         report = audit(model).check()
-        if self.fused_kernels:
-            stacks = fused.fuse(model)
-            if main:
-                print(f"fused kernels: in {stacks} expert stacks; the first step compiles what is around them", flush=True)
         if corpus.samples > len(corpus.rows):  # else no row holds several
             half = torch.bfloat16 if args.bf16 else torch.float16
             with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):  # as the trainer runs it
@@ -334,6 +333,10 @@ class _Run:
             if main and settled != attention:
                 print(f"attention: {settled} ({attention} does not serve this model's packed rows)", flush=True)
         handle = attach_router_losses(model, profile.z_coef, profile.balance_coef)
+        if self.fused_kernels:  # last: what runs the model before would be compiled for its few tokens
+            stacks = fused.fuse(model)
+            if main:
+                print(f"fused kernels: in {stacks} expert stacks; the first step compiles what is around them", flush=True)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         labelled = held_out_stories(profile) if held_out is None else list(held_out)
         measure = HeldOutLoss(labelled, tokenizer, profile.context, pad, self.micro_batch) if labelled else None
@@ -349,11 +352,10 @@ class _Run:
                 model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
                 log.restore(write=main)
                 return self._end(model, log, report, steps)
-        keeper = resume.Checkpoints(run_dir, self.wanted, log)
+        keeper = resume.Checkpoints(run_dir, self.wanted, log, since=checkpoint)
         interruptible = Interruptible()
         ours = [interruptible, *([StopAfter(stop_after)] if stop_after else []), *callbacks]
-        named = enumerate(zip(corpus.rows, corpus.names, strict=True))
-        rows = [{**row, "number": n, "stories": names} for n, (row, names) in named]
+        rows = corpus.numbered()
         if args.world_size > 1:
             rows = filled(rows, args.world_size * self.micro_batch, pad)
         trainer = CourseTrainer(
@@ -412,8 +414,11 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
         qlora.save_lora(model, partial)
         self.tokenizer.save_pretrained(partial)
+        for file in partial.rglob("*"):
+            sync(file)
         partial.rename(final)
-        write_json(self.run_dir / "result.json", facts)
+        sync(self.run_dir)
+        write_json(self.run_dir / "result.json", {**facts, "adapter_sha256": sha256(final / SAFETENSORS_WEIGHTS_NAME)})
 
     def _facts(self, model, log: Log, report, steps: int) -> dict[str, Any]:
         """What result.json says."""
@@ -443,6 +448,23 @@ def filled(rows: list[dict[str, Any]], multiple: int, pad: int) -> list[dict[str
     return rows + [empty] * (-len(rows) % multiple)
 
 
+def unfinished(run_dir: Path) -> str | None:
+    """What a finished run would have and this one has not; None if it has all."""
+    result, adapter = run_dir / "result.json", run_dir / "adapter"
+    if not result.exists():
+        return f"{run_dir} holds no finished run"
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (adapter / name).is_file():
+            return f"{adapter} lacks {name}"
+    wanted = read_json(result, _AGAIN).get("adapter_sha256")  # runs of older versions do not say
+    if wanted and sha256(adapter / SAFETENSORS_WEIGHTS_NAME) != wanted:
+        return f"{adapter / SAFETENSORS_WEIGHTS_NAME} is not what the run wrote"
+    return None
+
+
+_AGAIN = "delete it, and the same training command writes it again from the last checkpoint"
+
+
 def profile_of(run_dir: str | Path) -> Profile:
     """The profile with which a run was made, from its folder."""
     path = Path(run_dir) / "run.json"
@@ -462,8 +484,7 @@ def load_result(run_dir: str | Path) -> TrainingResult:
     path = run_dir / "result.json"
     if not path.exists():
         raise FileNotFoundError(f"{run_dir} holds no finished run: train it first (python -m helpers train --output {run_dir})")
-    again = "delete it, and the same training command writes it again from the last checkpoint"
-    facts = read_json(path, again)
+    facts = read_json(path, _AGAIN)
     if not isinstance(facts, dict) or "steps" not in facts:
-        raise ValueError(f"{path} is damaged (it does not say how many steps were made): {again}")
+        raise ValueError(f"{path} is damaged (it does not say how many steps were made): {_AGAIN}")
     return TrainingResult(run_dir, True, facts["steps"], facts["steps"], read_log(run_dir), facts)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from helpers import losses
+from helpers import budget, losses
 from helpers.budget import LiveBytes
 from helpers.data import build_corpus
+from helpers.profiles import PROFILES
 from helpers.tokens import IGNORED, Collator
 from tests.small_runs import STORIES
 
@@ -95,6 +96,28 @@ def test_its_memory_is_below_a_tenth_of_the_naive_one():
         peaks.append(live.peak)
     assert peaks[0] >= 2 * 2048 * 8000 * 4, "naive: logits and their gradient at least"
     assert peaks[1] <= 0.1 * peaks[0]
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name != "tiny"])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_on_every_profile_it_is_below_a_tenth(name, share):
+    """On the meta device with a GPU's chunks: a micro-batch of which `share` is trained. (tiny's logits are a few megabytes.)"""
+    profile = PROFILES[name]
+    text = budget.config_of(profile).get_text_config()
+    tokens = int(share * profile.micro_batch * profile.context)
+    h = torch.zeros(tokens, text.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    w = torch.zeros(text.vocab_size, text.hidden_size, dtype=torch.bfloat16, device="meta")
+    y = torch.zeros(tokens, dtype=torch.long, device="meta")
+    peaks = []
+    for function in (
+        lambda: F.cross_entropy(F.linear(h, w).float(), y, reduction="sum"),
+        lambda: losses.linear_cross_entropy(h, w, y),
+    ):
+        with LiveBytes() as live:
+            function().backward()
+        peaks.append(live.peak)
+        h.grad = None
+    assert peaks[1] <= 0.1 * peaks[0], peaks[1] / peaks[0]
 
 
 @pytest.fixture

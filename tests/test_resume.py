@@ -177,14 +177,26 @@ def poison_forward(model):
     model.get_submodule("base_model.model.model.norm").register_forward_hook(lambda _m, _a, out: out * float("nan"))
 
 
+def swell_gradient(model):
+    """Finite, and so large that the sum of its squares is not: clipping would make zeros of it."""
+    next(p for n, p in model.named_parameters() if "lora_B" in n).register_hook(lambda g: g * 0 + 1e25)
+
+
 def poison_gradient(model):
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
 
 
-@pytest.mark.parametrize(("poison", "what"), [(poison_forward, "the loss"), (poison_gradient, "a gradient")])
+POISONS = [
+    (poison_forward, "the loss is not finite"),
+    (poison_gradient, "a gradient is not finite"),
+    (swell_gradient, "the norm of the gradient is too large"),
+]
+
+
+@pytest.mark.parametrize(("poison", "what"), POISONS)
 def test_what_is_not_finite_stops_before_the_weights_change(base, whole, tmp_path, poison, what):
     bad = At(6, poison)
-    with pytest.raises(FloatingPointError, match=rf"{what} is not finite at step 6, in row \d+ \(generated:\d+") as caught:
+    with pytest.raises(FloatingPointError, match=rf"{what} at step 6, in row \d+ \(generated:\d+") as caught:
         train(base, tmp_path / "run", callbacks=[bad])
     assert bad.weights_are_untouched()
     step6 = [n for row in rows(whole.run_dir) for n in row["rows"]][5]
@@ -248,7 +260,7 @@ def test_a_finished_run_on_given_stories_is_not_taken_for_one_on_the_profiles(ba
     profile = small_profile(base, max_steps=2, stories="generated:50")
     mine = [labelled_story(77_000 + k) for k in range(40)]
     training.train(profile, mine, tmp_path, progress=None)
-    with pytest.raises(ValueError, match="the stories, their labels or the tokenizer"):
+    with pytest.raises(ValueError, match=r"the stories and their length labels \(40 stories, .* then; 50 stories, .* now\)"):
         training.train(profile, None, tmp_path, progress=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import files, resume, run_log, training
 from helpers.data import build_corpus
+from helpers.experiment import finished
 from helpers.held_out import held_out_stories
 from helpers.profiles import PROFILES
 from helpers.router_losses import RouterLosses, attach_router_losses
@@ -47,12 +49,12 @@ def test_every_setting_that_changes_a_run_is_compared(base):
 
 
 def test_a_deletion_that_is_cut_off_looks_like_no_checkpoint(tmp_path):
+    keeper = resume.Checkpoints(tmp_path, {}, SimpleNamespace(state=lambda: {}))
     for n in (1, 2):
         (tmp_path / f"checkpoint-{n}").mkdir()
         (tmp_path / f"checkpoint-{n}" / "x").write_text("x")
         resume.seal(tmp_path / f"checkpoint-{n}", {})
     (tmp_path / "checkpoint-3").mkdir()
-    keeper = resume.Checkpoints(tmp_path, {}, SimpleNamespace(state=lambda: {}))
     with patch.object(shutil, "rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         keeper.on_save(None, SimpleNamespace(is_world_process_zero=True, global_step=3), None)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
@@ -229,14 +231,79 @@ def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
 def test_steps_are_ordered_by_number(tmp_path):
     wanted = {"profile": {}, "base": None, "data": None, "processes": None}
     for n in (9, 10, 100, 99):
-        (tmp_path / f"checkpoint-{n}").mkdir()
-        (tmp_path / f"checkpoint-{n}" / "x").write_text("x")
-        resume.seal(tmp_path / f"checkpoint-{n}", wanted)
-    assert resume.last_good(tmp_path, wanted).name == "checkpoint-100"
-    keeper = resume.Checkpoints(tmp_path, wanted, SimpleNamespace(state=lambda: {}))
+        sealed(tmp_path / f"checkpoint-{n}", wanted)
+    found = resume.last_good(tmp_path, wanted)
+    assert found.name == "checkpoint-100"
+    keeper = resume.Checkpoints(tmp_path, wanted, SimpleNamespace(state=lambda: {}), since=found)
     (tmp_path / "checkpoint-101").mkdir()
     keeper.on_save(None, SimpleNamespace(is_world_process_zero=True, global_step=101), None)
     assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == ["checkpoint-100", "checkpoint-101"]
+
+
+def sealed(folder, wanted):
+    folder.mkdir()
+    for name in resume.NEEDED:
+        (folder / name).write_text("x", encoding="utf-8")
+    resume.seal(folder, wanted)
+
+
+def test_damaged_and_cut_off_checkpoints_do_not_count_and_go(tmp_path):
+    """Of 8 (whole), 10 (damaged) and 11 (cut off), the next one leaves 8, so that there are two whole ones."""
+    wanted = {"profile": {}, "base": None, "data": None, "processes": None}
+    sealed(tmp_path / "checkpoint-8", wanted)
+    sealed(tmp_path / "checkpoint-10", wanted)
+    (tmp_path / "checkpoint-10" / "optimizer.pt").write_text("y", encoding="utf-8")
+    (tmp_path / "checkpoint-11").mkdir()
+    found = resume.last_good(tmp_path, wanted)
+    keeper = resume.Checkpoints(tmp_path, wanted, SimpleNamespace(state=lambda: {}), since=found)
+    (tmp_path / "checkpoint-12").mkdir()
+    keeper.on_save(None, SimpleNamespace(is_world_process_zero=True, global_step=12), None)
+    assert found.name == "checkpoint-8"
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("change", [{"files": {}}, {"files": []}, {"settings": None}, {"settings": {"profile": {}}}])
+def test_an_edited_seal_is_damage(tmp_path, change):
+    wanted = {"profile": {}, "base": None, "data": None, "processes": None}
+    sealed(tmp_path / "checkpoint-8", wanted)
+    assert resume.damage(tmp_path / "checkpoint-8") is None
+    mark = tmp_path / "checkpoint-8" / resume.MARK
+    mark.write_text(json.dumps(json.loads(mark.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no whole checkpoint is left .*complete\.json (cannot be read|does not list)"):
+        resume.last_good(tmp_path, wanted)
+
+
+@pytest.mark.parametrize("name", ["adapter", "result.json", "log.jsonl"])
+@pytest.mark.parametrize("go_on", [True, False])
+def test_what_is_not_this_runs_is_not_touched(base, tmp_path, name, go_on):
+    """Somebody's adapter in the output folder, without the run.json that a run of the course has."""
+    place = tmp_path / name / "notes.txt" if name == "adapter" else tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text('{"mine": 1, "seconds": 1}\n', encoding="utf-8")
+    with pytest.raises((ValueError, FileExistsError), match=rf"holds {name} but no run.json|already holds a run"):
+        train(base, tmp_path, small_profile(base, max_steps=1), resume=go_on)
+    assert place.read_text(encoding="utf-8") == '{"mine": 1, "seconds": 1}\n'
+
+
+def test_a_finished_run_without_its_settings_or_with_another_adapter_is_not_taken(base, tmp_path):
+    profile = small_profile(base, max_steps=2, save_steps=1)
+    done = train(base, tmp_path, profile)
+    file = done.adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not what the run wrote: delete"):
+        finished(tmp_path)
+    train(base, tmp_path, profile)
+    assert file.read_bytes() == whole, "made again from the last checkpoint"
+    facts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    shutil.rmtree(done.adapter)
+    for micro_batch in (3, "x", 0):
+        (tmp_path / "run.json").write_text(json.dumps(facts | {"micro_batch": micro_batch}), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"run\.json has a micro-batch of .* which does not divide"):
+            train(base, tmp_path, profile)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"but no run\.json, so it is not ours"):
+        train(base, tmp_path, small_profile(base, max_steps=4))
 
 
 def test_an_empty_list_of_held_out_stories_measures_nothing(base, tmp_path):

@@ -258,5 +258,5 @@ def test_a_finished_run_whose_adapter_is_gone_makes_it_again(tmp_path, capsys):
     weights = (first.adapter / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(first.adapter)
     again = small_runs.train(base, tmp_path / "run")
-    assert "is gone: it is made again from the last checkpoint" in capsys.readouterr().out
+    assert "lacks adapter_config.json: it is made again from the last checkpoint" in capsys.readouterr().out
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights and again.step == first.step

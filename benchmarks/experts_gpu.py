@@ -319,6 +319,23 @@ class Bench:
 
     def profile(self) -> Iterator[dict]:
         step, (rows, row) = self.step(), (1, min(self.o.row, max(self.o.tokens)))
+        found = self.profiled(step, rows, row)
+        yield found
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    step(rows, row)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+            found["waits_a_step"] = dict(waits.most_common())
+            self.clock.say(f"profile: Python waits {sum(waits.values())} times per step for the GPU")
+            yield found
+
+    def profiled(self, step: Step, rows: int, row: int) -> dict:
+        """Where the time of one step goes, by kernel."""
         step(rows, row)
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
@@ -341,19 +358,7 @@ class Bench:
         found["top"] = [{"name": e.key[:90], "share": getattr(e, own) / total, "calls": e.count} for e in events[:20]]
         for line in found["top"][:8]:
             self.clock.say(f"profile: {line['share']:6.1%} {line['calls']:>6} x {line['name']}")
-        yield found
-        if self.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    step(rows, row)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
-            found["waits_a_step"] = dict(waits.most_common())
-            self.clock.say(f"profile: Python waits {sum(waits.values())} times per step for the GPU")
-            yield found
+        return found
 
     def compare(self) -> Iterator[dict]:
         self.forget()
@@ -420,41 +425,56 @@ class Bench:
             yield found
 
     def kernels(self) -> Iterator[dict]:
-        step, found = self.step(), {"steps": []}
+        step, found = self.step(), {"steps": [], "compiled": []}
         try:
             fused.fuse(step.model)
         except ValueError as error:
             yield {"not here": str(error)}
             return
         stacks = [m for m in step.model.modules() if experts.is_experts(m)]
-        ways = {"torch": (False, "force_eager"), "fused": (True, "force_eager"), "fused, rest compiled": (True, "default")}
+        plain, ours = ("torch", False, "force_eager"), ("fused", True, "force_eager")
+        compiled = ("fused, rest compiled", True, "default")
         try:
-            for number, tokens in enumerate(sorted(self.o.tokens, reverse=True)):
-                row = min(self.o.row, tokens)
-                try:  # rounds that warm up: two, of which the very first compiles, later one
-                    found["steps"] += self.in_turns(step, tokens // row, row, stacks, ways, 1 if number else 2)
-                except torch.OutOfMemoryError as error:  # a smaller one may fit
-                    found["steps"].append({"tokens": tokens, "error": str(error).partition(".")[0]})
-                    self.failed()
-                for entry in found["steps"][-len(ways) :]:
-                    self.clock.say(f"kernels: {entry.get('kernels', '')}: {described_step(entry)}")
-                yield found
-                if self.clock.over:
-                    break
+            # what may fail in a compiler comes when all else has its numbers
+            for name, ways, warm in (("steps", (plain, ours), 1), ("compiled", (ours, compiled), 2)):
+                for tokens in sorted(self.o.tokens, reverse=True):
+                    if self.clock.over:
+                        break
+                    row = min(self.o.row, tokens)
+                    try:
+                        for entries in self.in_turns(step, tokens // row, row, stacks, ways, warm):
+                            yield found | {name: found[name] + entries}
+                        found[name] += entries
+                    except Exception as error:  # a smaller one may fit; Triton and compilers have errors of their own
+                        found[name].append({"tokens": tokens, "error": in_a_line(error)})
+                        self.failed()
+                    for entry in found[name][-len(ways) :]:
+                        self.clock.say(f"kernels: {entry.get('kernels', '')}: {described_step(entry)}")
+                    yield found
+                if name == "steps" and not self.clock.over:
+                    self.switch(stacks, *ours[1:])
+                    found["profile"] = self.profiled(step, 1, min(self.o.row, max(self.o.tokens)))
+                    yield found
         finally:
             torch.compiler.set_stance("default")
             self.forget()  # its modules stay compiled
 
-    def in_turns(self, step: Step, rows: int, row: int, stacks: list, ways: dict, warm: int) -> list[dict]:
-        """What a step takes each way, one after the other in every round."""
-        seconds, peaks = {name: [] for name in ways}, {}
+    @staticmethod
+    def switch(stacks: list, on: bool, stance: str) -> None:
+        """Our kernels on or off, and whether what was handed to torch.compile is compiled."""
+        for module in stacks:
+            module.fused_kernels = on
+        torch.compiler.set_stance(stance)
+
+    def in_turns(self, step: Step, rows: int, row: int, stacks: list, ways: tuple, warm: int) -> Iterator[list[dict]]:
+        """What a step takes each way, one after the other in every round; after each round what is known so far."""
+        seconds, peaks = {name: [] for name, *_ in ways}, {}
+        work = sum(flops(shapes(self.o), rows * row, row, self.o.rank).values())
         for repeat in range(self.o.repeats + warm):
             if min(map(len, seconds.values())) and self.clock.over:
                 break
-            for name, (on, stance) in ways.items():
-                for module in stacks:
-                    module.fused_kernels = on
-                torch.compiler.set_stance(stance)
+            for name, on, stance in ways:
+                self.switch(stacks, on, stance)
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(self.device)
                 (took,) = timed(lambda: step(rows, row), self.device, 0)
@@ -462,14 +482,16 @@ class Bench:
                     seconds[name].append(took)
                 if self.device.type == "cuda":
                     peaks[name] = {"peak_gib": torch.cuda.max_memory_allocated(self.device) / budget.GIB}
-        work, found = sum(flops(shapes(self.o), rows * row, row, self.o.rank).values()), []
-        for name, times in seconds.items():
-            median = statistics.median(times)
-            entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
-            entry |= {"tokens_per_second": rows * row / median, "repeats": len(times), **peaks.get(name, {})}
-            entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
-            found.append(entry | ({"share_of_ceiling": work / median / self.top} if self.top else {}))
-        return found
+            if repeat < warm:
+                continue
+            found = []
+            for name, times in seconds.items():
+                median = statistics.median(times)
+                entry = {"kernels": name, "tokens": rows * row, "rows": rows, "row": row, "seconds": median}
+                entry |= {"tokens_per_second": rows * row / median, "repeats": len(times), **peaks.get(name, {})}
+                entry |= {"hours_of_the_card": CARD_TOKENS / entry["tokens_per_second"] / 3600}
+                found.append(entry | ({"share_of_ceiling": work / median / self.top} if self.top else {}))
+            yield found
 
     def decode(self) -> Iterator[dict]:
         model, kept = self.step().model.eval(), dict(nf4.FUSED)
@@ -541,7 +563,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--minutes", type=float, default=12, help="after these, no further measurement begins")
+    parser.add_argument("--minutes", type=float, default=8, help="after these, no further measurement begins")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; what else is given still holds")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "experts-gpu.json")
     if parser.parse_known_args(args)[0].smoke:

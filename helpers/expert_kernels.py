@@ -14,6 +14,7 @@ n rows of an expert, H hidden size, I intermediate size, r LoRA rank.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -91,14 +92,18 @@ def _halves(
 
 @triton.jit(do_not_specialize=VARYING)
 def _unpack(codes, scales, table, out, n, N: tl.constexpr):
-    """n blocks of 64 weights that share a scale: 32 bytes, of which each holds two, the upper half the first."""
+    """n blocks of 64 weights that share a scale: 8 words of 4 bytes, of which each holds two, the upper half the first.
+
+    All in one layout, (N, 8 words, 8 weights of a word): no tile has to be turned round on its way.
+    """
     block = tl.program_id(0) * N + tl.arange(0, N)
-    inside = (block < n)[:, None]
-    two = tl.load(codes + block.to(tl.int64)[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside, other=0)
-    scale = tl.load(scales + block, mask=block < n, other=0.0)[:, None]
-    both = tl.interleave(tl.load(table + (two >> 4)) * scale, tl.load(table + (two & 15)) * scale)
-    at = block.to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + at, both.to(out.dtype.element_ty), mask=inside)
+    inside, place = block < n, tl.arange(0, 8)
+    word = tl.load(codes + block.to(tl.int64)[:, None] * 8 + place[None, :], mask=inside[:, None], other=0)
+    shift = place // 2 * 8 + (1 - place % 2) * 4
+    value = tl.load(table + ((word[:, :, None] >> shift[None, None, :]) & 15))
+    value = value * tl.load(scales + block, mask=inside, other=0.0)[:, None, None]
+    at = block.to(tl.int64)[:, None, None] * 64 + place[None, :, None] * 8 + place[None, None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside[:, None, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -129,7 +134,7 @@ def _gate(
     b_gate, b_up = 0.0, 0.0
     if LORA:
         b_gate, b_up = _of_b(b, column, WIDTH, r, R), _of_b(b + WIDTH * r, column, WIDTH, r, R)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=2):  # the next tile is on its way
         row = start + step * N + tl.arange(0, N)
         inside = (row < n)[:, None] & (column < WIDTH)[None, :]
         wide = row.to(tl.int64)[:, None] * WIDTH
@@ -153,7 +158,7 @@ def _gate_back(
         b_gate, b_up = _of_b(b, column, WIDTH, r1, R1), _of_b(b + WIDTH * r1, column, WIDTH, r1, R1)
     if LORA2:
         a_tile = _of_a(a2, column, WIDTH, r2, R2)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=2):
         row = start + step * N + tl.arange(0, N)
         inside = (row < n)[:, None] & (column < WIDTH)[None, :]
         wide = row.to(tl.int64)[:, None] * WIDTH
@@ -234,7 +239,9 @@ def _whole(*tensors: Tensor | None) -> None:
 
 def unpack(codes: Tensor, scales: Tensor, table: Tensor, out: Tensor) -> None:
     _whole(codes, scales, table, out)
-    _unpack[(triton.cdiv(len(scales), BLOCKS),)](codes, scales, table, out, len(scales), BLOCKS, num_warps=WARPS)
+    _unpack[(triton.cdiv(len(scales), BLOCKS),)](
+        codes.view(torch.int32), scales, table, out, len(scales), BLOCKS, num_warps=WARPS
+    )
 
 
 def take(x: Tensor, token: Tensor, rows: Tensor | None, kept: Tensor | None, seed: int, dropout: float) -> None:

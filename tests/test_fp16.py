@@ -76,7 +76,9 @@ def test_steps_are_skipped_for_a_while_and_not_for_ever(fp16):
     def steps(number, gradient):
         for _ in range(number):
             model.weight.grad = torch.full((1, 2), gradient)
-            guard.on_pre_optimizer_step(SimpleNamespace(fp16=fp16, world_size=1), SimpleNamespace(global_step=6), None, model=model)
+            guard.on_pre_optimizer_step(
+                SimpleNamespace(fp16=fp16, world_size=1), SimpleNamespace(global_step=6), None, model=model
+            )
 
     if fp16:
         steps(SKIPS - 1, float("inf"))

@@ -80,7 +80,7 @@ def test_forward_and_gradients_of_the_experts_are_those_of_the_cpu_in_fp32(dtype
     for where, kind in (("cpu", torch.float32), (HERE, dtype)):
         layer, x, index, weight, adapters = layer_and_inputs(where, kind, tokens)
         if kernels and where == "cuda":
-            assert fused.fuse(layer) == 1
+            assert fused.fuse(layer, compiled=False) == 1
         out = layer(x, index, weight)
         out.float().square().sum().backward()
         found.append([t.detach().float().cpu() for t in (out, x.grad, weight.grad, *(p.grad for p in adapters))])

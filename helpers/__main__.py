@@ -12,6 +12,13 @@ from pathlib import Path
 ATTENTIONS = ("sdpa_documents", "sdpa", "eager", "flex_attention", "flash_attention_2")
 
 
+def _folder(text: str) -> Path:
+    """argparse type: a folder's path, which an unset shell variable is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path of the folder is empty")
+    return Path(text)
+
+
 def _number(kind: type, least: float, above: bool = False, most: float = math.inf):
     """An argument's type: a finite number within bounds, so that a wrong one is answered at once and by its name."""
     bound = f"above {least:g}" if above else f"of at least {least:g}"
@@ -241,6 +248,7 @@ def _train(options) -> int:
             attention=options.attention,
             fused_kernels=options.fused_kernels,
             skip_too_long=options.skip_bad_stories,
+            keep_checkpoints=options.keep_checkpoints,
             say=say,
         )
     except StoryError as error:
@@ -272,7 +280,7 @@ def _check_machine(profile, options) -> None:
         and not budget.estimate(profile, rows).fits(environment.gpu_memory_gib() or 0.0)
     ):
         raise ValueError(f"profile {profile.name} {short}: leave out --profile for the one that fits here, {anyway}")
-    disk = environment.check_disk(profile, options.output)
+    disk = environment.check_disk(profile, options.output, options.keep_checkpoints)
     if not disk.ok:
         raise OSError(f"not enough room on the disk ({disk.detail}): {disk.todo}, {anyway}")
 
@@ -404,7 +412,8 @@ def command_line() -> argparse.ArgumentParser:
     budget.set_defaults(run_command=_budget)
 
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
-    train.add_argument("--output", type=Path, required=True, help="run folder; an unfinished run in it is continued")
+    train.add_argument("--keep-checkpoints", type=_number(int, 1), default=2, help="how many, of the last ones (default: 2)")
+    train.add_argument("--output", type=_folder, required=True, help="run folder; an unfinished run in it is continued")
     train.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits")
     train.add_argument("--stories", type=Path, help="folder of stories, or a .jsonl file; default: the profile's")
     train.add_argument(

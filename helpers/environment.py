@@ -125,12 +125,14 @@ def check_bf16(profile: Profile) -> Check:
     return Check("bf16", major >= 8, detail, f"{_shell(profiles.VARIABLE)}, or: {_shell(profiles.VARIABLE, 't4')} (fp16)")
 
 
-KEPT_CHECKPOINTS = 3  # `resume.Checkpoints` keeps two, and deletes the oldest when a third is sealed
 SPARE_GIB = 0.5  # logs, optimizer's bookkeeping, the evaluation's replies
 
 
-def run_gib(profile: Profile) -> float:
-    """What a run leaves on the disk at most: checkpoints with adapters and Adam's two moments in fp32, and the adapter."""
+def run_gib(profile: Profile, kept: int = 2) -> float:
+    """What a run takes on the disk at most: checkpoints with adapters and Adam's two moments in fp32, and the adapter.
+
+    `kept` checkpoints, and one more: the oldest is deleted when the next is whole.
+    """
     quiet()  # bitsandbytes speaks as soon as it is imported
     from helpers import budget
 
@@ -138,7 +140,7 @@ def run_gib(profile: Profile) -> float:
         adapters = 4 * budget.adapter_numbers(profile) / 2**30
     except (AttributeError, KeyError, ValueError):  # no mixture of experts: loading says so, in its own words
         return SPARE_GIB
-    return KEPT_CHECKPOINTS * 3 * adapters + adapters + SPARE_GIB
+    return (kept + 1) * 3 * adapters + adapters + SPARE_GIB
 
 
 def missing_gib(profile: Profile) -> float | None:
@@ -182,15 +184,15 @@ def _disk_of(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
-def check_disk(profile: Profile, run_dir: Path | None = None) -> Check:
+def check_disk(profile: Profile, run_dir: Path | None = None, kept: int = 2) -> Check:
     """Room for the base model where the Hub keeps its cache (what is not there yet), and for a run where runs are kept.
 
-    `run_dir`: of the run that is to be trained; what it has on the disk already it need not find once more.
+    `run_dir`: of the run that is to be trained; what it has on the disk already it need not find once more. `kept`: checkpoints.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache, runs = _disk_of(Path(HF_HUB_CACHE)), _disk_of(run_dir or profiles.RUNS)
-    download, room = missing_gib(profile) or 0.0, run_gib(profile)
+    download, room = missing_gib(profile) or 0.0, run_gib(profile, kept)
     if run_dir is not None and run_dir.is_dir():
         room = max(0.0, room - sum(p.stat().st_size for p in run_dir.rglob("*") if p.is_file()) / 2**30)
     one = cache.stat().st_dev == runs.stat().st_dev

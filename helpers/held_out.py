@@ -74,7 +74,7 @@ class HeldOutLoss:
             yield sample, classes
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        if not self.batches:
+        if not self.tokens:
             return {}
         device = model.get_output_embeddings().weight.device
         found: list[tuple[torch.Tensor, torch.Tensor]] = []

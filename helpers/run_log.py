@@ -37,7 +37,9 @@ def read_log(run_dir: str | Path) -> list[Row]:
 
 
 def total_seconds(rows: Sequence[Row]) -> float:
-    """Training time over all sittings of a run: each row's clock starts anew when the run is resumed."""
+    """Training time over all sittings of a run: each row's clock starts anew when the run is resumed. 0 without a row."""
+    if not rows:
+        return 0.0
     ends = [a["seconds"] for a, b in itertools.pairwise(rows) if _resumed(a, b)]
     return sum(ends) + rows[-1]["seconds"]
 

@@ -124,21 +124,24 @@ def plot_audit(tables: dict[str, Rows]) -> Figure:
 
 
 def plot_training(rows: Rows, title: str = "") -> Figure:
-    """By step: loss with that on held-out stories, gradient norm and learning rate, routers; expert load; speed and memory."""
+    """By step: loss with that on held-out stories, gradient norm and learning rate, routers; expert load; speed and memory.
+
+    ValueError for a run without a row: one that was stopped before its first.
+    """
+    if not rows:
+        raise ValueError("the log has no row yet: the run was stopped before its first one")
     steps = [r["step"] for r in rows]
-    figure, grid = new_figure(11, 5.8, rows=2, columns=3)
+    figure, grid = new_figure(12, 6.2, rows=2, columns=3)
     loss, rate, router, load, over_time, machine = grid.flat
-    loss.plot(steps, [r["loss"] for r in rows], color=BLUE, marker="o", ms=3, label="training")
-    if len(rows) > 10:  # the first row is one step on few stories: far off, it would press all others together
-        later = [r["loss"] for r in rows[1:]] + [r["held_out"]["all"] for r in rows if "held_out" in r]
-        room = 0.15 * (max(later) - min(later)) + 1e-6
-        loss.set_ylim(min(later) - room, max(later) + room)
+    first = int(len(rows) > 10)  # the first row is one step on few stories: far off, it would press all others together
+    loss.plot(steps[first:], [r["loss"] for r in rows[first:]], color=BLUE, marker="o", ms=3, label="training")
     if held := [r for r in rows if "held_out" in r]:
         loss.plot(
             [r["step"] for r in held], [r["held_out"]["all"] for r in held], color=ORANGE, marker="D", ls="--", label="held out"
         )
         loss.legend(fontsize=8)
-    loss.set(ylabel="nats per token", title=f"loss on replies {title}")
+    without = f", without step {steps[0]}" if first else ""
+    loss.set(ylabel="nats per token", title=f"loss on replies{without} {title}".rstrip())
     rate.plot(steps, [r["grad_norm"] for r in rows], color=ORANGE, marker="s", ms=3, label="gradient norm")
     _beside(rate, steps, [r["learning_rate"] for r in rows], GREEN, "learning rate (right)")
     rate.set(ylabel="gradient norm", title="gradient norm and learning rate")
@@ -147,9 +150,11 @@ def plot_training(rows: Rows, title: str = "") -> Figure:
     router.plot(steps, [r["router/balance"] for r in rows], color=BLACK, ls=":", label="balancing loss (1 = even)")
     router.set(ylabel="value of each", title="routers", ylim=(0, 1.4 * router.get_ylim()[1]))
     router.legend(fontsize=8, loc="upper right")
-    _heat(figure, load, rows[-1]["load"], f"share of the assignments, step {steps[-1]}", "expert", "layer")
+    _heat(figure, load, rows[-1]["load"], f"load of each expert, step {steps[-1]}", "expert", "layer", "share of the assignments")
     busiest = [[max(layer) * len(layer) for layer in r["load"]] for r in rows]
-    _heat(figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert (1 = even)", "step", "layer")
+    _heat(
+        figure, over_time, list(zip(*busiest, strict=True)), "load of the busiest expert", "step", "layer", "times an even share"
+    )
     for axes in grid.flat:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # numbers of four digits do not touch
     # One column a row of the log, however many steps lie between two of them.
@@ -174,12 +179,12 @@ def _beside(axes, xs: Sequence[float], ys: Sequence[float], colour: str, label: 
     axes.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper right")
 
 
-def _heat(figure: Figure, axes, table, title: str, xlabel: str, ylabel: str) -> None:
+def _heat(figure: Figure, axes, table, title: str, xlabel: str, ylabel: str, unit: str) -> None:
     image = axes.imshow(table, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(False)
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes).set_label(unit, fontsize=8)
 
 
 class LiveTraining:
@@ -193,7 +198,7 @@ class LiveTraining:
         self.share, self.seconds, self.clock = share, seconds, clock
         self.handle, self.begun = None, None
         self.spent = self.last = 0.0
-        self.longest = 0.3  # a guess, until there is a measured one
+        self.longest = 1.0  # a guess, until there is a measured one; too low, and the first one is never earned back
         self.drawn = 0
 
     @property
@@ -215,7 +220,8 @@ class LiveTraining:
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """The whole run, once it is over, in the place of what was drawn on the way. It is not part of `cost`."""
-        self.draw(rows)
+        if rows:
+            self.draw(rows)
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
         from IPython.display import display

@@ -32,7 +32,7 @@ from helpers.files import read_json, sha256, sync, write_json
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.profiles import PROFILES, Profile
 from helpers.quantization import load_4bit
-from helpers.resume import alone
+from helpers.resume import KEPT, alone
 from helpers.router_losses import attach_router_losses
 from helpers.run_log import Log, Progress, memory_gib, print_progress, read_log, total_seconds
 from helpers.stories import Story
@@ -119,6 +119,7 @@ def train(
     fused_kernels: bool = False,
     skip_too_long: bool = False,
     say: Callable[[str], None] | None = None,
+    keep_checkpoints: int = KEPT,
 ) -> TrainingResult:
     """Train adapters; continue from the last checkpoint if there is one; return at once if the run is finished.
 
@@ -130,8 +131,9 @@ def train(
     means of each micro-batch (one process only: of several, each would wait).
     `attention`: transformers' name of one, instead of what `choose_attention` finds. `fused_kernels`: those of `helpers.fused`,
     which no GPU has run yet. `log_every`: steps from one row of the log to the next (None: 10, or 1 in a run of up to 200
-    steps). `skip_too_long`: leave out stories of which nothing fits the context, and name them; otherwise they are refused, all
-    in one error. `say` is told what the run is made of and where it is.
+    steps). `keep_checkpoints`: how many of the last ones stay on the disk. `skip_too_long`: leave out stories of which nothing
+    fits the context, and name them; otherwise they are refused, all in one error. `say` is told what the run is made of and
+    where it is.
 
     ValueError for a folder with another run, or that another process writes into, other settings or damaged checkpoints;
     OSError if it cannot be written; FloatingPointError if loss or gradient are not finite; torch.OutOfMemoryError with advice.
@@ -152,6 +154,7 @@ def train(
         run = _Run.begin(profile, stories, output_dir, resume, attention, fused_kernels, skip_too_long, say)
         if isinstance(run, TrainingResult):
             return run
+        run.keep = max(1, keep_checkpoints)
         while True:
             try:
                 result = run.sitting(progress, log_every, stop_after, held_out, callbacks)
@@ -194,6 +197,7 @@ class _Run:
     attention: str | None = None  # None: the best there is
     fused_kernels: bool = False
     processes: int = 1
+    keep: int = KEPT  # checkpoints
     say: Callable[[str], None] = print
 
     @classmethod
@@ -239,7 +243,7 @@ class _Run:
         if not isinstance(micro_batch, int) or micro_batch < 1 or whole % micro_batch:
             raise ValueError(f"{run_dir / 'run.json'} has a micro-batch of {micro_batch!r}, which does not divide {whole} rows")
         how = attention, fused_kernels
-        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, *how, state.num_processes, say)
+        run = cls(profile, run_dir, corpus, tokenizer, wanted, source, micro_batch, *how, state.num_processes, say=say)
         say(f"corpus: {corpus}")
         say(f"{run.steps} steps, {profile.warmup_steps} of them warm-up")
         if profile.warmup_steps > run.steps / 3:
@@ -352,7 +356,7 @@ class _Run:
                 model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
                 log.restore(write=main)
                 return self._end(model, log, report, steps)
-        keeper = resume.Checkpoints(run_dir, self.wanted, log, since=checkpoint)
+        keeper = resume.Checkpoints(run_dir, self.wanted, log, self.keep, since=checkpoint)
         interruptible = Interruptible()
         ours = [interruptible, *([StopAfter(stop_after)] if stop_after else []), *callbacks]
         rows = corpus.numbered()

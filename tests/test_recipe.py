@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from helpers import losses, training
+from helpers import activation_checkpointing, experts, losses, training
 from helpers.data import build_corpus
 from helpers.held_out import HeldOutLoss, held_out_stories
 from helpers.lengths import LENGTHS, length_class
@@ -215,16 +215,32 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_batch_waits_twice_for_the_gpu_and_not_more(base, tokenizer, tmp_path):
-    """Once for transformers' question whether the row is packed, once for the number of trained tokens."""
-    model = unquantised(base)
-    args = training.arguments(small_profile(base), tmp_path)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_batch_waits_for_the_gpu_a_known_number_of_times(layers, checkpointing, tokenizer, tmp_path, monkeypatch):
+    """Of the 4-bit model that is trained: three times for the whole, and once for each pass over a layer.
+
+    For transformers' question whether the row is packed, for where its documents begin, for the number of trained tokens; and in
+    each layer for where each expert's rows end (`ends_of`), once more where activations are computed again.
+    """
+    base = small_runs.make_base(tmp_path / "base", num_hidden_layers=layers)
+    profile = small_profile(base, gradient_checkpointing=checkpointing, lora_dropout=0.0)  # dropout's seeds are the host's own
+    model = training.prepare_model(profile).train()
+    if checkpointing:
+        activation_checkpointing.enable(model)
+    args = training.arguments(profile, tmp_path)
     handle = attach_router_losses(model, 1e-3, 1e-3)
     trainer = CourseTrainer(model=model, args=args, train_dataset=[], router_losses=handle)
     batch = NumberedCollator(0)(build_corpus(STORIES, tokenizer, 512).numbered()[:2])
+    fetched, ends_of = [], experts.ends_of
+    # On a CPU its `tolist` passes no dispatcher; on a GPU it waits.
+    monkeypatch.setattr(experts, "ends_of", lambda *of: (fetched.append(1), ends_of(*of))[1])
+    trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(50)).backward()  # what is done once only
+    fetched.clear()
     with Waits() as waits:
         trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(50)).backward()
-    assert waits.count <= 2
+    assert waits.count == 3
+    assert len(fetched) == layers * (2 if checkpointing else 1)
 
 
 # -------------------------------------------------------------------------------------------------------- held out

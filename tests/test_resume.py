@@ -150,6 +150,14 @@ def test_only_the_last_checkpoints_are_kept_and_hold_adapters_only(whole, base):
     assert size < 4 * adapter_bytes + 200_000, "adapters and their two Adam moments, and little else"
 
 
+@pytest.mark.parametrize("kept", [1, 3])
+def test_as_many_checkpoints_are_kept_as_asked(base, tmp_path, kept):
+    train(base, tmp_path, keep_checkpoints=kept)
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == sorted(
+        ["checkpoint-12", "checkpoint-8", "checkpoint-4"][:kept]
+    )
+
+
 def test_a_folder_that_cannot_be_written_is_named(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):

@@ -42,6 +42,13 @@ def _live(controls: Sequence, render: Callable[[], str], rows: Sequence) -> Pane
     return Panel([*rows, box])
 
 
+def _row(*controls) -> ipywidgets.HBox:
+    """Controls side by side, and below one another where the page is too narrow for that, as on a phone."""
+    for control in controls:
+        control.layout.max_width = "calc(100% - 4px)"  # less its margins
+    return ipywidgets.HBox(controls, layout=ipywidgets.Layout(flex_flow="row wrap"))
+
+
 def visible(text: str) -> str:
     """Text with every newline shown as ⏎ (and still broken there)."""
     return text.replace("\n", "⏎\n")
@@ -77,7 +84,7 @@ def story_browser(stories: Sequence[Story]) -> Panel:
         first.max = len(story.messages)  # also pulls the value back into the story
         return story_page(story, first.value - 1, count.value)
 
-    return _live((which, first, count), render, (which, ipywidgets.HBox([first, count])))
+    return _live((which, first, count), render, (_row(which), _row(first, count)))
 
 
 # ---------------------------------------------------------------------------------------------------- prompt builder
@@ -133,9 +140,7 @@ def prompt_builder(tokenizer=None, char: str = "Ferro", user: str = "Ana", text:
         parts = [part.value for part in setting]
         return prompt_preview(names[0].value, names[1].value, chosen, said.value, tokenizer, parts, closing.value)
 
-    rows = (ipywidgets.HBox(names), ipywidgets.HBox([length, closing]))
-    # Two in a row: three are cut off at the edge of a notebook's column.
-    rows += (ipywidgets.HBox(setting[:2]), ipywidgets.HBox([setting[2], said]))
+    rows = (_row(*names), _row(length, closing), _row(*setting[:2]), _row(setting[2], said))
     return _live((*names, length, closing, *setting, said), render, rows)
 
 
@@ -229,7 +234,7 @@ def router_playground_panel() -> Panel:
     experts = ipywidgets.Dropdown(options=[2, 4, 8, 16, 64, 128], value=8, description="experts")
     dtype = ipywidgets.Dropdown(options=["bfloat16", "float16", "float32"], description="stored in")
     controls = (scale, experts, shift, dtype)
-    rows = (ipywidgets.HBox([scale, shift]), ipywidgets.HBox([experts, dtype]))
+    rows = (_row(scale, shift), _row(experts, dtype))
     return _live(controls, lambda: router_playground_page(*(c.value for c in controls)), rows)
 
 
@@ -303,5 +308,5 @@ def nf4_panel() -> Panel:
     shape = ipywidgets.Dropdown(options=NF4_SHAPES, description="weights")
     double = ipywidgets.Checkbox(value=True, description="double quantisation")
     controls = (outlier, blocksize, shape, double)
-    rows = (ipywidgets.HBox([outlier, blocksize]), ipywidgets.HBox([shape, double]))
+    rows = (_row(outlier, blocksize), _row(shape, double))
     return _live(controls, lambda: nf4_page(*(c.value for c in controls)), rows)

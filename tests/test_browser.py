@@ -189,6 +189,21 @@ def test_prompt_builder(panel):
     assert changed(panel, second).startswith("cannot be formatted: ")
 
 
+CUT_CONTROLS = """[...document.querySelectorAll('.jp-OutputArea-output .widget-inline-hbox')].filter(
+    e => e.getBoundingClientRect().right > Math.min(
+        innerWidth, e.closest('.jp-OutputArea-output').getBoundingClientRect().right) + 1).map(e => e.innerText)"""
+
+
+@pytest.mark.parametrize("panel", ["prompt builder", "story browser", "router playground", "nf4 explorer"], indirect=True)
+def test_on_a_narrow_page_the_controls_stand_below_one_another(panel):
+    panel.keyboard.press("Control+b")  # JupyterLab's file list away: a phone has no room for it
+    panel.set_viewport_size({"width": 400, "height": 1000})
+    panel.wait_for_function("() => document.querySelector('.jp-OutputArea-output').getBoundingClientRect().right <= innerWidth")
+    boxes = [box.bounding_box() for box in panel.locator(".jp-OutputArea-output .widget-inline-hbox").all()]
+    assert len(boxes) >= 3 and len({round(box["x"]) for box in boxes}) == 1, "one column"
+    assert panel.evaluate(CUT_CONTROLS) == []
+
+
 @pytest.mark.parametrize("panel", ["router playground"], indirect=True)
 def test_router_playground(panel):
     first = shown(panel)

@@ -178,7 +178,7 @@ def plot_story_tokens(tokens: dict[str, Sequence[int]], contexts: Sequence[int])
     figure, axes = new_figure(9.0, 1.5 + 0.75 * len(tokens))
     looks = ((BLUE, "o"), (GREEN, "D"), (ORANGE, "x"))
     for row, ((label, counts), (colour, marker)) in enumerate(zip(tokens.items(), looks, strict=False)):
-        heights = [row + 0.25 * math.sin(12.9898 * i) for i in range(len(counts))]  # spread, the same every time
+        heights = [row + 0.25 * (2 * (0.618 * i % 1) - 1) for i in range(len(counts))]  # spread, the same every time
         axes.scatter(counts, heights, s=28, color=colour, marker=marker, alpha=0.7, label=label)
     for context in contexts:
         axes.axvline(context, color=RED, ls="--", lw=1.3)

@@ -248,6 +248,28 @@ def plot_router_pair(runs: dict[str, Rows]) -> Figure:
     return finish(figure, f"Router losses of runs with the same seed, at the end: {last}.")
 
 
+def plot_spoilt(runs: dict[str, Rows]) -> Figure:
+    """Training loss and held-out loss by step, of several runs, on a logarithmic axis. runs: name → log rows."""
+    figure, (left, right) = new_figure(10, 3.2, columns=2)
+    looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", ":"))
+    ends = []
+    for (name, rows), (colour, marker, line) in zip(runs.items(), looks, strict=True):
+        held = [(r["step"], r["held_out"]["all"]) for r in rows if "held_out" in r]
+        style = {"color": colour, "marker": marker, "ls": line, "ms": 4, "label": name}
+        left.plot([r["step"] for r in rows], [r["loss"] for r in rows], **style)
+        right.plot(*zip(*held, strict=True), **style)
+        ends.append(f"{name}: training {rows[-1]['loss']:.2f}, held out {held[-1][1]:.2f}")
+    for axes, title in ((left, "loss on the stories that are trained on"), (right, "loss on stories never seen")):
+        axes.set(xlabel="step", ylabel="nats per token", title=title, yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[-1] in "25" else "")
+    left.legend(fontsize=8)
+    low, high = min(left.get_ylim()[0], right.get_ylim()[0]), max(left.get_ylim()[1], right.get_ylim()[1])
+    for axes in (left, right):
+        axes.set_ylim(low, high)
+    return finish(figure, f"Training and held-out loss by step; at the end {'; '.join(ends)}.")
+
+
 def plot_held_out(first: dict[str, float], last: dict[str, float]) -> Figure:
     """Loss on held-out stories by length class, before and after. first, last: `held_out` of two log rows."""
     names = [n for n in LENGTHS if n in first and n in last]

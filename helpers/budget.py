@@ -55,6 +55,7 @@ class Budget:
     micro_batch: int  # rows
     context: int  # tokens in a row
     parts: dict[str, int]  # in the order of `PARTS`
+    uncounted: tuple[str, ...] = ()  # see `Model`
 
     @property
     def peak(self) -> int:
@@ -75,7 +76,10 @@ class Budget:
         lines = [f"{self.name}: {self.micro_batch} x {self.context:,} tokens"]
         lines += [f"{r['part']:<12}{r['GiB']:>9.3f} GiB  {r['what']}" for r in self.table]
         verdicts = [f"{gpu} {'fits' if self.fits(gib) else 'does not fit'}" for gpu, gib in GPUS.items()]
-        return "\n".join([*lines, f"with {RESERVE:.1f} GiB to spare: " + ", ".join(verdicts)])
+        lines.append(f"with {RESERVE:.1f} GiB to spare: " + ", ".join(verdicts))
+        if self.uncounted:
+            lines.append(f"NOT COUNTED: the activations of {' and '.join(self.uncounted)}; the peak is higher by those")
+        return "\n".join(lines)
 
 
 PARTS = {
@@ -98,6 +102,7 @@ class Model:
     adapters: int  # numbers
     dtype: torch.dtype
     sizes: dict[str, int]
+    uncounted: tuple[str, ...] = ()  # parts whose activations the formulas below do not know
 
 
 def describe(
@@ -122,7 +127,7 @@ def describe(
     except (AttributeError, RuntimeError, TypeError) as error:  # RuntimeError: of attributes that differ by layer
         raise ValueError(f"the activations of a {text.model_type} cannot be counted from its configuration ({error})") from error
     sizes |= dict(rank=r if adapters else 0, adapted=attention, routed=router, normed=normed)
-    return Model(name or text.model_type, weights, adapters, dtype, sizes)
+    return Model(name or text.model_type, weights, adapters, dtype, sizes, _uncounted(text))
 
 
 def count(
@@ -145,6 +150,21 @@ def count(
         adapters = sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
     normed = any(name.endswith(("q_norm", "query_layernorm")) for name, _ in model.named_modules())
     return weights, adapters, normed
+
+
+def _uncounted(text: PreTrainedConfig) -> tuple[str, ...]:
+    """What a configuration has beside attention and routed experts of one size."""
+    marks = {
+        "shared experts": (
+            "n_shared_experts",
+            "shared_expert_intermediate_size",
+            "num_shared_experts",
+            "shared_intermediate_size",
+        ),
+        "latent attention": ("kv_lora_rank",),
+        "dense layers": ("first_k_dense_replace", "mlp_only_layers"),
+    }
+    return tuple(part for part, names in marks.items() if any(getattr(text, name, None) for name in names))
 
 
 def _sizes(text: PreTrainedConfig) -> dict[str, int]:
@@ -210,7 +230,7 @@ def estimate(
         "layer": working + (layer_kept if checkpointing else 0),
         "loss": head,
     }
-    return Budget(model.name, rows, tokens, parts)
+    return Budget(model.name, rows, tokens, parts, model.uncounted)
 
 
 def config_of(profile: Profile) -> PreTrainedConfig:
@@ -290,6 +310,7 @@ def suggest(model: Model, gib: float, reserve: float = RESERVE, step: int = 256,
 
     None if not even one row of `step` tokens fits. `options` go to `estimate`.
     """
+    step = min(step, model.sizes["longest"])
 
     def largest(fits, top: int) -> int:
         """The largest n in 1..top that fits, by bisection; 0 if none."""

@@ -217,3 +217,24 @@ def test_every_family_is_counted_or_refused_in_a_sentence(kind):
         assert len(str(error)) > 60
     else:
         assert budget.estimate(found, 1, 64).peak > found.weights > 0
+
+
+@pytest.mark.parametrize(
+    "kind, parts",
+    [
+        ("qwen2_moe", "shared experts"),
+        ("deepseek_v3", "shared experts and latent attention and dense layers"),
+        ("mixtral", None),
+        ("olmoe", None),
+        ("qwen3_moe", None),
+    ],
+)
+def test_what_is_not_counted_is_said(kind, parts):
+    text = str(budget.estimate(budget.describe(tiny(kind), router=kind != "deepseek_v3"), 1, 64))
+    assert (f"NOT COUNTED: the activations of {parts};" in text) if parts else ("NOT COUNTED" not in text)
+
+
+def test_a_short_context_is_not_exceeded_by_the_suggestion():
+    described = budget.describe(tiny("mixtral"))  # 128 positions
+    rows, context = budget.suggest(described, 1.0, reserve=0.0)
+    assert context == 128 and rows >= 1

@@ -171,11 +171,12 @@ def growth(folder: Path) -> list[dict]:
 
 
 def unknown_modifiers(folder: Path) -> dict[str, list[dict]]:
-    """Mean words for words in the place of a length that no training has seen, by seed."""
+    """Mean words for words in the place of a length that no training has seen, and for the ten lengths, by seed."""
     from helpers import behaviour
     from helpers.evaluation import held_out, size_of
     from helpers.experiment import load_run
     from helpers.generation import print_progress
+    from helpers.lengths import LENGTHS
 
     found = {}
     for name in FULL:
@@ -183,7 +184,8 @@ def unknown_modifiers(folder: Path) -> dict[str, list[dict]]:
         profile, model, tokenizer = load_run(run)
         size = size_of(profile)
         asker = behaviour.Asker(model, tokenizer, None, size.batch_size, print_progress, run / "evaluation" / "replies")
-        rows = behaviour.unknown_modifiers(asker, held_out(profile, size.conversations))
+        words = (*behaviour.UNKNOWN, *LENGTHS)
+        rows = behaviour.unknown_modifiers(asker, held_out(profile, size.conversations), words)
         found[name] = behaviour.mean_by(rows, "asked")
     return found
 
@@ -192,7 +194,7 @@ def unknown_modifiers(folder: Path) -> dict[str, list[dict]]:
 CASES = {
     "base model": (base_model, f"control: the base model asked {MANY} conversations, {SAMPLES} replies to each"),
     "growth": (growth, "the course's own run, measured at several of its steps"),
-    "unknown modifiers": (unknown_modifiers, "words that no training has seen, three seeds"),
+    "unknown modifiers": (unknown_modifiers, "words that no training has seen, and the ten lengths, at three seeds"),
 }
 
 

@@ -70,8 +70,9 @@ def figure(results: dict, old: str) -> str:
             f'<img src="{PICTURE.relative_to(ROOT).as_posix()}" alt="{results["picture"]}">',
             "</picture>",
             "",
-            "*What you will have built: ask for a length and get it. Each dot is a reply of the `tiny` model, grey are the "
-            "words that its class allows. Spearman correlation between the length asked for and the words that came, over "
+            "*What you will have built: ask for a length and get it. Each dot is a reply of the `tiny` model. Grey bands show "
+            "the word counts its class allows. Box: quartiles of the replies' words. Pink: the untrained model's mean, which "
+            "hardly depends on the request. Spearman correlation between the length asked for and the words that came, over "
             f"{ours['replies']} replies: **{ours['spearman']:+.2f}**; before the training: {base['spearman']:+.2f}.*",
         ]
     )

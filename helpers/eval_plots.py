@@ -41,7 +41,8 @@ def _word_axis(axes, conditions: Sequence[str | None]) -> None:
 def plot_lengths(table: LengthTable, control: LengthTable | None = None, phone: bool = False) -> Figure:
     """Every reply as a dot, quartiles as a box, the mean with its 95 % interval; shaded: what each class means.
 
-    Of `control`, the means and their intervals as squares. `phone`: narrow, so that its words can be read on one.
+    Of `control`, the mean as a line across the class's column, in a band that is its interval. `phone`: narrow, so that its
+    words can be read on one.
     """
     figure, axes = new_figure(*(4.6, 4.2) if phone else (10, 4.4))
     conditions = table.conditions
@@ -70,10 +71,10 @@ def plot_lengths(table: LengthTable, control: LengthTable | None = None, phone: 
     axes.set_title(f"{what}; diamonds: means, 95 % interval" if phone else f"{what}: dots replies, {signs}")
     text = f"Words of single replies by the length asked for, on a log axis. Means: {_means(table)}."
     if control is not None:
-        places = [conditions.index(c) + 0.42 for c in control.conditions]
-        means = [r["mean"] for r in control.rows]
-        spread = [[r["mean"] - r["low"] for r in control.rows], [r["high"] - r["mean"] for r in control.rows]]
-        axes.errorbar(places, means, spread, fmt="s", color=PURPLE, mec=BLACK, ms=4, capsize=2, label=f"means, {control.label}")
+        for x, row in zip(map(conditions.index, control.conditions), control.rows, strict=True):  # as wide as the class
+            ends, label = [x - 0.46, x + 0.46], f"{control.label}: mean, 95 % interval" if x == 0 else None
+            axes.fill_between(ends, row["low"], row["high"], color=PURPLE, alpha=0.3, lw=0, zorder=0.5)
+            axes.plot(ends, [row["mean"]] * 2, color=PURPLE, lw=2, zorder=0.6, label=label)
         text += f" Of the {control.label}: {_means(control)}."
     axes.legend(loc="upper left", fontsize=8 if phone else 9)
     return finish(figure, text)
@@ -178,3 +179,25 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlabel(f"left out, because no reply of these conversations is of it: {', '.join(missing)}", fontsize=9)
     gains = ", ".join(f"{r['length']} {r['without']:.2f} to {r['with']:.2f}" for r in rows)
     return finish(figure, f"Perplexity of held-out replies without and with their modifier: {gains}.")
+
+
+def plot_growth(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A run at several of its steps: held-out loss on the left, on the right what its replies do. Steps are evenly spaced."""
+    figure, (left, right) = new_figure(10, 3.6, 1, 2)
+    xs, steps = range(len(rows)), [f"{r['step']:,}" for r in rows]
+    loss, found = [r["held-out loss"]["all"] for r in rows], [r["statistics"] for r in rows]
+    left.plot(xs, loss, "o-", color=BLACK)
+    left.set(title="Held-out loss", ylabel="nats per token")
+    rho = [s["spearman"] for s in found]
+    spread = [[r - s["spearman_low"] for r, s in zip(rho, found, strict=True)]]
+    spread += [[s["spearman_high"] - r for r, s in zip(rho, found, strict=True)]]
+    right.errorbar(xs, rho, spread, fmt="o-", color=BLUE, capsize=3, label="Spearman, 95 % interval")
+    right.plot(xs, [s["in_class"] for s in found], "s--", color=ORANGE, label="share in the class asked for")
+    right.set(title="Control of the length", ylim=(-0.15, 1.05))
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.set_xticks(xs, steps)
+        axes.set_xlabel("training step (0: the base model)" if rows[0]["step"] == 0 else "training step")
+    each = zip(rows, loss, found, strict=True)
+    text = "; ".join(f"{r['step']} {x:.3f}, {signed(s['spearman'])}, {s['in_class']:.0%}" for r, x, s in each)
+    return finish(figure, f"Held-out loss, Spearman and share in class by training step: {text}.")

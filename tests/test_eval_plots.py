@@ -35,10 +35,11 @@ def test_lengths_shows_every_reply_and_the_ranges(tables):
     assert sum(len(line.get_xydata()) for line in cut) == 1, "a reply that was cut off has its own mark"
 
 
-def test_lengths_shows_the_means_of_a_control_beside(tables):
+def test_lengths_shows_the_means_of_a_control_in_the_column_of_their_class(tables):
     alone, beside = eval_plots.plot_lengths(tables[0]), eval_plots.plot_lengths(tables[0], control=tables[1])
-    squares = [line for line in beside.axes[0].lines if line.get_marker() == "s"]
-    assert [y for line in squares for y in line.get_ydata()] == [r["mean"] for r in tables[1].rows]
+    lines = [line.get_xydata() for line in beside.axes[0].lines if line.get_color() == eval_plots.PURPLE]
+    assert [[y for _, y in line] for line in lines] == [[r["mean"]] * 2 for r in tables[1].rows]
+    assert [[round(x) for x, _ in line] for line in lines] == [[x, x] for x in range(len(lines))], "reaches into a neighbour's"
     assert beside.alt.startswith(alone.alt) and beside.alt.endswith("Of the test: " + eval_plots._means(tables[1]) + ".")
 
 
@@ -105,3 +106,15 @@ def test_a_perplexity_of_few_replies_is_hollow_and_what_is_left_out_is_named():
     (axes,) = eval_plots.plot_perplexity(rows[5:9]).axes
     assert axes.get_xlabel().endswith("micro, tiny, short, medium, long, unlimited")
     assert axes.get_legend().get_title().get_text() == ""
+
+
+def test_growth_shows_loss_and_control_at_each_step(tables):
+    found = [t.statistics for t in (tables[1], tables[0])]
+    cases = zip((0, 50), (0.7, 0.5), found, strict=True)
+    rows = [{"step": step, "held-out loss": {"all": loss}, "statistics": s} for step, loss, s in cases]
+    figure = eval_plots.plot_growth(rows)
+    left, right = figure.axes
+    assert points(left) == [(0, 0.7), (1, 0.5)] and "base model" in left.get_xlabel()
+    assert {(x, s[key]) for x, s in enumerate(found) for key in ("spearman", "in_class")} <= set(points(right))
+    assert "0 0.700, +0.00" in figure.alt
+    assert eval_plots.plot_growth(rows[1:]).axes[0].get_xlabel() == "training step"

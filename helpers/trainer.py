@@ -124,7 +124,8 @@ class CourseTrainer(Trainer):
         """Of several processes, together the rows in the order of one."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        order = RowsThenFiller([row["number"] >= 0 for row in self.train_dataset], self.args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = RowsThenFiller([row.get("number", 0) >= 0 for row in self.train_dataset], seed)
         loader = DataLoader(self.train_dataset, self.args.train_batch_size, sampler=order, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 

@@ -144,12 +144,14 @@ def test_what_is_asked_of_train_reaches_it(tmp_path, monkeypatch):
     own |= {"learning_rate": 0.5, "lora_r": 6, "base": str(tmp_path)}
     options = [text for name, value in own.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     how = ["--no-resume", "--shrink", "--log-every", "9", "--attention", "eager", "--skip-bad-stories", "--anyway"]
+    how += ["--keep-checkpoints", "3"]
     how += ["--fused-kernels"]
     command = ["train", "--profile", "tiny", "--output", str(tmp_path / "run")]
     assert main([*command, *options, *how]) == 2
     assert asked["profile"] == dataclasses.replace(PROFILES["tiny"], **own) and asked["output"] == tmp_path / "run"
     del asked["how"]["say"]
     wanted = {"resume": False, "shrink": True, "log_every": 9, "attention": "eager", "skip_too_long": True, "fused_kernels": True}
+    wanted["keep_checkpoints"] = 3
     assert asked["how"] == wanted
     assert main(command) == 2 and asked["profile"] == PROFILES["tiny"] and asked["stories"] is None
     del asked["how"]["say"]
@@ -159,6 +161,7 @@ def test_what_is_asked_of_train_reaches_it(tmp_path, monkeypatch):
         "log_every": None,
         "attention": None,
         "skip_too_long": False,
+        "keep_checkpoints": 2,
         "fused_kernels": False,
     }
     main([*command, "--epochs", "2.5"])

@@ -223,7 +223,7 @@ def test_every_family_is_counted_or_refused_in_a_sentence(kind):
     "kind, parts",
     [
         ("qwen2_moe", "shared experts"),
-        ("deepseek_v3", "shared experts and latent attention and dense layers"),
+        pytest.param("deepseek_v3", "shared experts and latent attention and dense layers", marks=knows_routers),
         ("mixtral", None),
         ("olmoe", None),
         ("qwen3_moe", None),

@@ -371,6 +371,8 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
+    from helpers.profiles import KEPT_CHECKPOINTS
+
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -412,7 +414,7 @@ def command_line() -> argparse.ArgumentParser:
     budget.set_defaults(run_command=_budget)
 
     train = commands.add_parser("train", help="train adapters, or continue an interrupted run")
-    train.add_argument("--keep-checkpoints", type=_number(int, 1), default=2, help="how many, of the last ones (default: 2)")
+    train.add_argument("--keep-checkpoints", type=_number(int, 1), default=KEPT_CHECKPOINTS, help="how many (%(default)s)")
     train.add_argument("--output", type=_folder, required=True, help="run folder; an unfinished run in it is continued")
     train.add_argument("--profile", help="tiny, t4, l4, a100-40 or a100-80; default: what fits")
     train.add_argument("--stories", type=Path, help="folder of stories, or a .jsonl file; default: the profile's")

@@ -30,14 +30,13 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.files import write_json
 from helpers.qlora import DROPOUT_FILE
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Naming(NamedTuple):

@@ -128,7 +128,7 @@ def check_bf16(profile: Profile) -> Check:
 SPARE_GIB = 0.5  # logs, optimizer's bookkeeping, the evaluation's replies
 
 
-def run_gib(profile: Profile, kept: int = 2) -> float:
+def run_gib(profile: Profile, kept: int = profiles.KEPT_CHECKPOINTS) -> float:
     """What a run takes on the disk at most: checkpoints with adapters and Adam's two moments in fp32, and the adapter.
 
     `kept` checkpoints, and one more: the oldest is deleted when the next is whole.
@@ -184,7 +184,7 @@ def _disk_of(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
-def check_disk(profile: Profile, run_dir: Path | None = None, kept: int = 2) -> Check:
+def check_disk(profile: Profile, run_dir: Path | None = None, kept: int = profiles.KEPT_CHECKPOINTS) -> Check:
     """Room for the base model where the Hub keeps its cache (what is not there yet), and for a run where runs are kept.
 
     `run_dir`: of the run that is to be trained; what it has on the disk already it need not find once more. `kept`: checkpoints.

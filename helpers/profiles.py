@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "COURSE_PROFILE"
+KEPT_CHECKPOINTS = 2  # of a run: the last ones
 RUNS = Path(os.environ.get("COURSE_RUNS") or ROOT / "runs")  # where the notebooks' runs are kept: a mounted Drive, say
 
 

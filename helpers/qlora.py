@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import tempfile
 import warnings
 from itertools import chain
@@ -285,7 +286,7 @@ def load_lora(model: PreTrainedModel, folder: str | Path, trainable: bool = Fals
         if trainable and (kept := place / DROPOUT_FILE).is_file():
             config.lora_dropout = json.loads(kept.read_text(encoding="utf-8"))["lora_dropout"]
         with warnings.catch_warnings():
-            # PEFT looks for what patterns match among modules only, not among parameters
+            # PEFT looks for what patterns match among modules only, not among parameters; `check_adapters` looks at both
             warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
             peft_model = QLoraModel(model, _use_our_layers(config, model))
             found = peft_model.load_adapter(str(place), "default", is_trainable=trainable)
@@ -333,6 +334,11 @@ def check_adapters(model: PeftModel, config: LoraConfig) -> None:
     # the weight of a linear layer gets PEFT's adapter for linear layers where it is packed
     layers = [(plain_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     parameters = [f".{name}.{getattr(m, 'parameter_name', 'weight')}" for name, m in layers]
+    # a parameter's rank and alpha are looked up by its own name, a layer's by the layer's
+    looked_up = [*parameters, *(f".{name}" for name, m in layers if not hasattr(m, "parameter_name"))]
+    for pattern in {**config.rank_pattern, **config.alpha_pattern}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in looked_up):
+            warnings.warn(f"the pattern {pattern!r} of the adapter's settings matches nothing, so it does nothing", stacklevel=3)
     for target in config.target_parameters or []:
         if not any(name.endswith(f".{target}") for name in parameters):
             raise RuntimeError(f"no adapter was put on {target}: PEFT found no parameter of this name")

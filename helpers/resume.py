@@ -25,10 +25,9 @@ from transformers import TrainerCallback
 from helpers.checkpoints import identity
 from helpers.data import Corpus
 from helpers.files import read_json, sha256, sync, write_json
-from helpers.profiles import Profile
+from helpers.profiles import KEPT_CHECKPOINTS, Profile
 from helpers.run_log import Log, read_log
 
-KEPT = 2  # checkpoints
 MARK, PROGRESS = "complete.json", "progress.json"
 DELETED = "deleted-"
 NEEDED = (PROGRESS, "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")  # of a checkpoint
@@ -182,7 +181,7 @@ class Checkpoints(TrainerCallback):
     `since`: the one that the run goes on from. Those behind it were cut off or are damaged, so they do not count, and go.
     """
 
-    def __init__(self, run_dir: Path, wanted: dict[str, Any], log: Log, keep: int = KEPT, since: Path | None = None):
+    def __init__(self, run_dir: Path, wanted: dict[str, Any], log: Log, keep: int = KEPT_CHECKPOINTS, since: Path | None = None):
         self.run_dir, self.wanted, self.log, self.keep = run_dir, wanted, log, keep
         first = _step(since) if since else 0
         self.useless = {p for p in run_dir.glob("checkpoint-*") if _step(p) > first}

@@ -138,7 +138,10 @@ def profile_step(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int 
     """{"seconds": part → {"forward", "backward"}, of the quickest of `repeats` steps; "mib": what is held; "tokens"; "loss"}.
 
     Includes an optimizer step with a learning rate of 0; leaves weights, hooks and mode as they were, and no gradients.
+    ValueError for a model whose head is more than a product.
     """
+    if not losses.plain_head(model):
+        raise ValueError("this model's head is more than a product (scaled, capped or trained), and only a product is timed here")
     device = model.get_output_embeddings().weight.device
     batch = {name: value.to(device) for name, value in batch.items()}
     trained = [p for p in model.parameters() if p.requires_grad]

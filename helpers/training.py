@@ -30,9 +30,9 @@ from helpers.data import Corpus, Labelled, build_corpus, labelled_stories
 from helpers.environment import download_note, gpu_memory_gib, hardware, host_memory_gib, versions
 from helpers.files import read_json, sha256, sync, write_json
 from helpers.held_out import HeldOutLoss, held_out_stories
-from helpers.profiles import PROFILES, Profile
+from helpers.profiles import KEPT_CHECKPOINTS, PROFILES, Profile
 from helpers.quantization import load_4bit
-from helpers.resume import KEPT, alone
+from helpers.resume import alone
 from helpers.router_losses import attach_router_losses
 from helpers.run_log import Log, Progress, memory_gib, print_progress, read_log, total_seconds
 from helpers.stories import Story
@@ -119,7 +119,7 @@ def train(
     fused_kernels: bool = False,
     skip_too_long: bool = False,
     say: Callable[[str], None] | None = None,
-    keep_checkpoints: int = KEPT,
+    keep_checkpoints: int = KEPT_CHECKPOINTS,
 ) -> TrainingResult:
     """Train adapters; continue from the last checkpoint if there is one; return at once if the run is finished.
 
@@ -197,7 +197,7 @@ class _Run:
     attention: str | None = None  # None: the best there is
     fused_kernels: bool = False
     processes: int = 1
-    keep: int = KEPT  # checkpoints
+    keep: int = KEPT_CHECKPOINTS
     say: Callable[[str], None] = print
 
     @classmethod

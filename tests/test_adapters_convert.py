@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
@@ -328,6 +329,24 @@ def test_patterns_of_todays_names_survive_the_way_to_the_old_ones(base, tmp_path
     from_per_expert(tmp_path / "old", tmp_path / "back")
     assert (wanted - bare).abs().max() > 0.1
     torch.testing.assert_close(stock_logits(base, tmp_path / "back"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pattern_that_does_nothing_is_said_and_one_that_does_is_not(base, tmp_path):
+    """PEFT says it of every pattern for a parameter, so its own words are of no use here."""
+    adapter(base, tmp_path / "ours")
+    file = tmp_path / "ours" / "adapter_config.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    works_on = {"gate.weight": True, "mlp.experts.down_proj": True, "q_proj": True, "gate": False, "w1": False}
+    for pattern, works in works_on.items():
+        file.write_text(json.dumps(facts | {"alpha_pattern": {pattern: 32}}), encoding="utf-8")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = qlora.load_lora(load_4bit(base, dtype="float32"), tmp_path / "ours")
+        said = [str(w.message) for w in caught if "pattern" in str(w.message)]
+        words = f"the pattern {pattern!r} of the adapter's settings matches nothing, so it does nothing"
+        assert said == ([] if works else [words])
+        scalings = {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)}
+        assert (32 / R in scalings) == works
 
 
 def stock_base(base):

@@ -85,3 +85,10 @@ def test_frozen_weights_have_their_scales(base, batch):
     found = step_profile.profile_step(model, batch, repeats=1)["mib"]
     assert found["frozen weights"] * 2**20 == pytest.approx(sum(held.values()), rel=2e-3) and sum(held.values()) > 1.01 * packed
     assert found["adapters"] * 2**20 == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def test_a_head_that_is_more_than_a_product_is_refused(base):
+    model = training.prepare_model(small_profile(base))
+    model.get_output_embeddings().register_forward_hook(lambda _module, _given, out: out / 3)
+    with pytest.raises(ValueError, match="head is more than a product"):
+        step_profile.profile_step(model, {})

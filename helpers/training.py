@@ -453,14 +453,14 @@ def filled(rows: list[dict[str, Any]], multiple: int, pad: int) -> list[dict[str
 
 
 def unfinished(run_dir: Path) -> str | None:
-    """What a finished run would have and this one has not; None if it has all."""
+    """What a finished run would have and this one has not; None if it has all. ValueError for a damaged result.json."""
     result, adapter = run_dir / "result.json", run_dir / "adapter"
     if not result.exists():
         return f"{run_dir} holds no finished run"
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (adapter / name).is_file():
             return f"{adapter} lacks {name}"
-    wanted = read_json(result, _AGAIN).get("adapter_sha256")  # runs of older versions do not say
+    wanted = load_result(run_dir).facts.get("adapter_sha256")  # runs of older versions do not say
     if wanted and sha256(adapter / SAFETENSORS_WEIGHTS_NAME) != wanted:
         return f"{adapter / SAFETENSORS_WEIGHTS_NAME} is not what the run wrote"
     return None

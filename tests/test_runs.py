@@ -295,6 +295,12 @@ def test_a_finished_run_without_its_settings_or_with_another_adapter_is_not_take
         finished(tmp_path)
     train(base, tmp_path, profile)
     assert file.read_bytes() == whole, "made again from the last checkpoint"
+    result = (tmp_path / "result.json").read_text(encoding="utf-8")
+    (tmp_path / "result.json").write_text("[]", encoding="utf-8")
+    for asked in (lambda: finished(tmp_path), lambda: train(base, tmp_path, profile)):
+        with pytest.raises(ValueError, match=r"result\.json is damaged"):
+            asked()
+    (tmp_path / "result.json").write_text(result, encoding="utf-8")
     facts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     shutil.rmtree(done.adapter)
     for micro_batch in (3, "x", 0):
